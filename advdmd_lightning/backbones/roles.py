@@ -1,0 +1,86 @@
+"""The three roles: generator, fake score and teacher.
+
+``Roles`` is the interface that everything above relies on; ``Copies`` is its form for full fine-tuning. A role binds a
+backbone to the network that plays it, so that callers never handle networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from advdmd_lightning.backbones.base import Backbone
+from advdmd_lightning.backbones.frozen import HoldsFrozen
+from advdmd_lightning.records import Condition
+
+
+class Role(HoldsFrozen):
+    """One network in one role.
+
+    Args:
+        backbone: Knows how to call the network. Only referred to: it belongs to whoever made it.
+        network: The role's network; for a weight average, copy this and not the role.
+        frozen: Never trained, never saved, always in eval mode: the network is held, not registered.
+    """
+
+    backbone: Backbone
+    network: nn.Module
+
+    def __init__(self, backbone: Backbone, network: nn.Module, *, frozen: bool = False) -> None:
+        super().__init__()
+        object.__setattr__(self, "backbone", backbone)  # past the registry: a reference
+        self.frozen = frozen
+        if frozen:
+            self.hold("network", network)
+        else:
+            self.network = network.requires_grad_(True).train()
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Predict the velocity ``noise - x0``; see ``Backbone.velocity``."""
+        return self.backbone.velocity(self.network, x_t, t, condition)
+
+    def features(self, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[int]) -> list[Tensor]:
+        """Return feature maps after some blocks, with early exit; see ``Backbone.features``."""
+        return self.backbone.features(self.network, x_t, t, condition, blocks)
+
+    def velocity_and_features(
+        self, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return both from one pass; see ``Backbone.velocity_and_features``."""
+        return self.backbone.velocity_and_features(self.network, x_t, t, condition, blocks)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return what the role's optimizer steps: everything, or nothing when frozen."""
+        return list(self.parameters())
+
+
+class Roles(nn.Module):
+    """The three roles of the method.
+
+    Attributes:
+        generator: The few-step student ``G``.
+        fake_score: Follows the generator's distribution; its features feed the discriminator (P).
+        teacher: The frozen real score.
+    """
+
+    def __init__(self, generator: Role, fake_score: Role, teacher: Role) -> None:
+        super().__init__()
+        self.generator = generator
+        self.fake_score = fake_score
+        self.teacher = teacher
+
+
+class Copies(Roles):
+    """Three full copies of the pretrained network, two of them trained (P: full fine-tuning).
+
+    Args:
+        backbone: Gives the copies. What trains is in float32, the teacher in the backbone's dtype.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(
+            generator=Role(backbone, backbone.new_network()),
+            fake_score=Role(backbone, backbone.new_network()),
+            teacher=Role(backbone, backbone.new_network(backbone.dtype), frozen=True),
+        )

@@ -1,0 +1,215 @@
+"""Stable Diffusion 3 and 3.5, from any stock diffusers pipeline folder or hub id.
+
+The text encoders and the VAE are used through the stock pipeline's own code, and the networks are stock
+``SD3Transformer2DModel`` objects called by their own forward: there is no second implementation that could drift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor, nn
+
+from advdmd_lightning.backbones.base import Backbone
+from advdmd_lightning.backbones.pretrained import DTYPE_ARGUMENT, locate, read_index
+from advdmd_lightning.backbones.taps import check_blocks, tap
+from advdmd_lightning.equations import at_least_float32
+from advdmd_lightning.records import Condition
+
+FrozenDtype = Literal["float32", "bfloat16", "float16"]
+
+
+class SD3Backbone(Backbone):
+    """SD3-medium, SD3.5-medium, SD3.5-large, and the tiny teacher inside this package.
+
+    Args:
+        pretrained: A pipeline folder, a hub id, or ``embedded://shapes``.
+        revision: Branch, tag or commit of a hub id.
+        resolution: Side of the square training images in pixels; None takes the checkpoint's own.
+        max_sequence_length: T5 tokens per caption, 0 to 512 (R: 256, the pipeline's default). Without T5 the stock
+            pipeline appends that many zero tokens, so teacher and student must agree on it.
+        load_t5: Load the third text encoder; False replaces it by zeros, as stock diffusers does.
+        shift: Time shift of the sampling grid, > 0; None takes the scheduler's.
+        dtype: Precision of everything frozen: text encoders, VAE, teacher. What trains is kept in float32; to compute
+            it in bfloat16 set ``trainer.precision: bf16-mixed``.
+
+    Raises:
+        ValueError: ``pretrained`` is not an SD3 pipeline, or ``resolution`` does not fit it, or no shift is known.
+    """
+
+    vae: AutoencoderKL
+
+    def __init__(
+        self,
+        pretrained: str = "embedded://shapes",
+        revision: str | None = None,
+        resolution: int | None = None,
+        max_sequence_length: int = 256,
+        load_t5: bool = True,
+        shift: float | None = None,
+        dtype: FrozenDtype = "float32",
+    ) -> None:
+        source = locate(pretrained)
+        index = read_index(source, revision, StableDiffusion3Pipeline.__name__)
+        with_t5 = load_t5 and index["text_encoder_3"][0] is not None
+        pipeline = _load_pipeline(source, revision, with_t5, getattr(torch, dtype))
+        config = pipeline.transformer.config
+        side = resolution or config.sample_size * pipeline.vae_scale_factor
+        _check_resolution(side, config, pipeline.vae_scale_factor)
+        latent_side = side // pipeline.vae_scale_factor
+        super().__init__(
+            latent_shape=(config.in_channels, latent_side, latent_side),
+            image_size=side,
+            shift=_sampling_shift(shift, pipeline.scheduler),
+            num_blocks=config.num_layers,
+            feature_channels=config.num_attention_heads * config.attention_head_dim,
+            dtype=getattr(torch, dtype),
+        )
+        self.max_sequence_length = max_sequence_length
+        self._source = {"pretrained_model_name_or_path": source, "revision": revision}
+        self._pipeline = pipeline
+        self._patch_size: int = config.patch_size
+        self.hold("vae", pipeline.vae)
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            if pipeline.components[name] is not None:
+                self.hold(name, pipeline.components[name])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the text encoders and the VAE live."""
+        return self.vae.device
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> Condition:
+        """Encode captions as the stock pipeline does; see the base class."""
+        with self._own_precision():
+            embeds, _, pooled, _ = self._pipeline.encode_prompt(
+                prompt=list(captions),
+                prompt_2=None,
+                prompt_3=None,
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length,
+            )
+        return Condition(embeds=embeds, pooled=pooled)
+
+    @torch.no_grad()
+    def encode_image(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Encode images to ``(latents - shift_factor) * scaling_factor``; see the base class."""
+        with self._own_precision():
+            posterior = self.vae.encode(image.to(self.device, self.vae.dtype)).latent_dist
+        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        return (at_least_float32(latents) - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode ``latents / scaling_factor + shift_factor``; see the base class."""
+        config = self.vae.config
+        latents = latents.to(self.device, self.vae.dtype) / config.scaling_factor + config.shift_factor
+        with self._own_precision():
+            image = self.vae.decode(latents, return_dict=False)[0]
+        return at_least_float32(image).clamp(-1, 1)
+
+    def new_network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Read the transformer from the checkpoint; see the base class.
+
+        Reading it again for each role keeps no spare copy in memory.
+        """
+        return SD3Transformer2DModel.from_pretrained(**self._source, subfolder="transformer", **{DTYPE_ARGUMENT: dtype})
+
+    def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Call the transformer at timestep ``1000 t``; see the base class."""
+        return at_least_float32(_call(network, x_t, t, condition))
+
+    def features(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[int]
+    ) -> list[Tensor]:
+        """Skip the blocks behind the deepest tap; see the base class."""
+        check_blocks(blocks, self.num_blocks)
+        layers: Any = network.transformer_blocks
+        with tap(layers, blocks) as outputs:
+            _call(network, x_t, t, condition, skip_layers=list(range(max(blocks) + 1, self.num_blocks)))
+        return [self._feature_map(outputs[block], x_t) for block in blocks]
+
+    def velocity_and_features(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Tap the blocks during a full pass; see the base class."""
+        check_blocks(blocks, self.num_blocks)
+        layers: Any = network.transformer_blocks
+        with tap(layers, blocks) as outputs:
+            velocity = self.velocity(network, x_t, t, condition)
+        return velocity, [self._feature_map(outputs[block], x_t) for block in blocks]
+
+    def save_pipeline(self, folder: str | Path, network: nn.Module) -> None:
+        """Write a ``StableDiffusion3Pipeline`` whose scheduler has this backbone's shift; see the base class."""
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._pipeline.scheduler.config, shift=self.shift)
+        components = {**self._pipeline.components, "transformer": network, "scheduler": scheduler}
+        StableDiffusion3Pipeline(**components).save_pretrained(folder)
+
+    def _feature_map(self, output: tuple[Tensor, Tensor], x_t: Tensor) -> Tensor:
+        """Lay the image tokens (B, h*w, D) of a block's output out as a map (B, D, h, w).
+
+        Contiguous: the bare view is strided like channels-last, and a group norm over it can crash in backward on the
+        CPU.
+        """
+        height, width = (side // self._patch_size for side in x_t.shape[-2:])
+        return output[1].unflatten(1, (height, width)).permute(0, 3, 1, 2).contiguous()
+
+    def _own_precision(self) -> torch.autocast:
+        """Keep autocast out, so that fresh embeddings and latents equal cached ones."""
+        return torch.autocast(self.device.type, enabled=False)
+
+
+def _load_pipeline(source: str, revision: str | None, with_t5: bool, dtype: torch.dtype) -> StableDiffusion3Pipeline:
+    """Load the stock pipeline around a transformer without storage: the stock text code reads only its config."""
+    config = SD3Transformer2DModel.load_config(source, subfolder="transformer", revision=revision)
+    with torch.device("meta"):
+        skeleton = SD3Transformer2DModel.from_config(config)
+    arguments: dict[str, Any] = {"revision": revision, "transformer": skeleton, DTYPE_ARGUMENT: dtype}
+    if not with_t5:
+        arguments.update(text_encoder_3=None, tokenizer_3=None)
+    return StableDiffusion3Pipeline.from_pretrained(source, **arguments)
+
+
+def _check_resolution(side: int, config: Any, vae_scale: int) -> None:
+    step, largest = vae_scale * config.patch_size, vae_scale * config.patch_size * config.pos_embed_max_size
+    if side % step or not 0 < side <= largest:
+        raise ValueError(
+            f"backbone.init_args.resolution: expected a multiple of {step} up to {largest} (what the VAE and the "
+            f"patches of this checkpoint allow), got {side}. Try {min(max(round(side / step), 1) * step, largest)}."
+        )
+
+
+def _sampling_shift(shift: float | None, scheduler: FlowMatchEulerDiscreteScheduler) -> float:
+    if shift is None and scheduler.config.use_dynamic_shifting:
+        raise ValueError(
+            "backbone.init_args.shift: this checkpoint's scheduler computes its shift from the image size, so none can "
+            "be taken from it. Set a number, for instance 3.0."
+        )
+    value = scheduler.shift if shift is None else shift
+    if value <= 0:
+        raise ValueError(f"backbone.init_args.shift: expected a number > 0 (1 = no shift), got {value}. Try 3.0.")
+    return float(value)
+
+
+def _call(
+    network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, skip_layers: list[int] | None = None
+) -> Tensor:
+    dtype: Any = network.dtype
+    return network(
+        hidden_states=x_t.to(dtype),
+        timestep=t.to(x_t.device, torch.float32).expand(len(x_t)) * 1000,
+        encoder_hidden_states=condition.embeds.to(dtype),
+        pooled_projections=None if condition.pooled is None else condition.pooled.to(dtype),
+        return_dict=False,
+        skip_layers=skip_layers,
+    )[0]

@@ -1,0 +1,94 @@
+"""The ``advdmd`` command: a stock ``LightningCLI`` over the module, the data module and the packaged recipes.
+
+``advdmd fit --config NAME_OR_FILE [--any.key value ...]``, likewise ``validate``, ``test`` and ``predict``;
+``advdmd recipes`` lists the packaged recipes. Keys that no class asks for are errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from jsonargparse import ActionConfigFile
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import advdmd_lightning.callbacks  # noqa: F401  (recipes may name the callbacks by class alone)
+from advdmd_lightning.data import ImageCaptionDataModule
+from advdmd_lightning.module import AdvDMDModule
+from advdmd_lightning.recipes import recipe_names, recipe_summary, resolve_config
+
+_DESCRIPTION = "AdvDMD: few-step students of text-to-image flow models. `advdmd recipes` lists the packaged recipes."
+
+
+class RecipeOrFile(ActionConfigFile):
+    """``--config`` that accepts, besides files, the names of packaged recipes."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, cfg: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        """Parse the file or recipe that ``values`` names into ``cfg``."""
+        try:
+            config = resolve_config(values)
+        except ValueError as error:
+            raise argparse.ArgumentError(None, str(error)) from error
+        super().__call__(parser, cfg, config, option_string)
+
+
+class AdvDMDCLI(LightningCLI):
+    """Stock ``LightningCLI`` but for one thing: ``--config`` is a :class:`RecipeOrFile`."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Build the parser of the command, or of one subcommand."""
+        parser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=RecipeOrFile,
+            help="A configuration file in YAML, or the name of a packaged recipe.",
+        )
+        return parser
+
+
+def run(args: list[str] | None = None) -> AdvDMDCLI:
+    """Run ``advdmd`` from Python.
+
+    Args:
+        args: Words of the command line after ``advdmd``; None takes those of the process.
+
+    Returns:
+        The finished command: its ``trainer``, ``model`` and ``datamodule`` are attributes.
+
+    Raises:
+        SystemExit: If the words cannot be parsed (code 2) or ask for help (code 0).
+    """
+    return AdvDMDCLI(
+        AdvDMDModule,
+        ImageCaptionDataModule,
+        args=args,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},  # a resumed run writes its config into the same folder
+        auto_configure_optimizers=False,  # the module receives its three optimizers as callables
+        parser_kwargs={"prog": "advdmd", "description": _DESCRIPTION},
+    )
+
+
+def print_recipes() -> None:
+    """Print each packaged recipe with the first comment line of its file."""
+    names = recipe_names()
+    width = max(map(len, names), default=0)
+    for name in names:
+        print(f"{name:{width}}  {recipe_summary(name)}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of ``advdmd``.
+
+    Args:
+        args: As for :func:`run`.
+    """
+    words = sys.argv[1:] if args is None else args
+    if words == ["recipes"]:
+        print_recipes()
+    else:
+        run(args if words else ["--help"])

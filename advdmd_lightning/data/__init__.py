@@ -1,0 +1,1 @@
+"""Image-caption pairs: sources and the LightningDataModule."""

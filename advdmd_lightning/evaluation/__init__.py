@@ -1,0 +1,1 @@
+"""Evaluation: image writers, scores and the demo."""

@@ -1,0 +1,128 @@
+"""Settings of the method as the recipes give them, checked before any compute is spent.
+
+Marks: P = the paper, R = the work that it cites, O = ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+def _require(holds: bool, key: str, value: object, remedy: str) -> None:
+    if not holds:
+        raise ValueError(f"`model.{key}` is {value!r}: {remedy}")
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """DMD loss (3.1) and fake-score loss (3.2).
+
+    Attributes:
+        guidance_scale: classifier-free guidance of the real score (P: 3.5).
+        min_time: smallest t at which scores are compared (R: 0.02).
+        max_time: largest t (R: 0.98).
+        time_shift: shift of the uniform draw of t towards noise, as in the sampling grid; 1 = none (O).
+        normalizer_floor: floor of the DMD normaliser, in latent units (O).
+    """
+
+    guidance_scale: float = 3.5
+    min_time: float = 0.02
+    max_time: float = 0.98
+    time_shift: float = 1.0
+    normalizer_floor: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        times = (self.min_time, self.max_time)
+        _require(0 < times[0] < times[1] < 1, "distillation.min_time, max_time", times, "need 0 < min_time < max_time < 1")
+        _require(self.guidance_scale >= 0, "distillation.guidance_scale", self.guidance_scale, "give a scale >= 0")
+        _require(self.time_shift > 0, "distillation.time_shift", self.time_shift, "give a shift > 0; 1 is none")
+        _require(self.normalizer_floor > 0, "distillation.normalizer_floor", self.normalizer_floor, "give a value > 0")
+
+
+@dataclass(frozen=True)
+class DiscriminatorSettings:
+    """Discriminator (3.6)–(3.8).
+
+    Attributes:
+        weight: λ_adv, weight of the generator's adversarial loss (O); 0 = no adversarial term.
+        features: whose features are read (P: the fake score's).
+        blocks: blocks that are read; null = the backbone's default, 50, 75 and 99 % of the depth (R).
+        hidden: channels inside a head (O).
+    """
+
+    weight: float = 0.03
+    features: Literal["fake_score", "teacher"] = "fake_score"
+    blocks: tuple[int, ...] | None = None
+    hidden: int = 64
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _require(self.weight >= 0, "discriminator.weight", self.weight, "give a weight >= 0; 0 switches the term off")
+
+
+@dataclass(frozen=True)
+class GRPOSettings:
+    """GRPO (3.4), (3.5), (3.9).
+
+    Attributes:
+        weight: λ_grpo, weight of the policy loss against the DMD loss (O); 0 = no GRPO.
+        group_size: G, samples per prompt (P: 32).
+        groups: prompts per GRPO update, at most the batch size; null = the batch size (O).
+        clip_range: ε of the clipped ratio (R: 1e-4 … 1e-5 with log-probabilities that are means).
+        beta: weight of the KL divergence to the reference policy, the pretrained network (O: 0).
+        std_floor: a group whose rewards spread less than this gets advantage 0 (O).
+        advantage_scope: whose standard deviation divides the advantage (P: the group's).
+        micro_batch: samples per forward and backward pass of the policy loss and the rewards.
+        shared_noise: the members of a group start from one initial noise (O).
+    """
+
+    weight: float = 100.0
+    group_size: int = 32
+    groups: int | None = None
+    clip_range: float = 1e-4
+    beta: float = 0.0
+    std_floor: float = 1e-3
+    advantage_scope: Literal["group", "batch"] = "group"
+    micro_batch: int = 32
+    shared_noise: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _require(self.weight >= 0, "grpo.weight", self.weight, "give a weight >= 0; 0 switches GRPO off")
+        _require(self.group_size >= 2, "grpo.group_size", self.group_size, "a group needs at least 2 samples to compare")
+        _require(self.groups is None or self.groups >= 1, "grpo.groups", self.groups, "give null or at least 1 prompt")
+        _require(self.clip_range > 0, "grpo.clip_range", self.clip_range, "give a range > 0, such as 1e-4")
+        _require(self.beta >= 0, "grpo.beta", self.beta, "give a weight >= 0")
+        _require(self.micro_batch >= 1, "grpo.micro_batch", self.micro_batch, "give at least 1 sample")
+
+
+@dataclass(frozen=True)
+class GuidanceSettings:
+    """Joint updates of fake score and discriminator.
+
+    Attributes:
+        updates: per generator update (P: 5).
+    """
+
+    updates: int = 5
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        _require(self.updates >= 1, "guidance.updates", self.updates, "the fake score needs at least 1 update per cycle")
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """Largest gradient norm per role (O: 10, as in DMD2's code; null = no clipping)."""
+
+    generator: float | None = 10.0
+    fake_score: float | None = 10.0
+    discriminator: float | None = 10.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for role in ("generator", "fake_score", "discriminator"):
+            value = getattr(self, role)
+            _require(value is None or value > 0, f"clip.{role}", value, "give a norm > 0, or null for no clipping")

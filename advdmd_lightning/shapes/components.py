@@ -1,0 +1,123 @@
+"""The parts of the embedded teacher's pipeline: real diffusers and transformers classes at the smallest useful size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from advdmd_lightning.shapes.grammar import WORDS
+from advdmd_lightning.shapes.render import IMAGE_SIZE
+
+MAX_TOKENS = 11  # "a red circle left of a blue square on gray" and its two markers
+TEXT_WIDTH = 48
+LATENT_CHANNELS = 16
+SHIFT = 3.0
+_BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """Train a CLIP tokenizer in which every word of the grammar is one token; other text falls back to bytes."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=_EOS))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, end_of_word_suffix="</w>", initial_alphabet=letters, special_tokens=[_BOS, _EOS], show_progress=False
+    )
+    bpe.train_from_iterator(WORDS, trainer)
+    content = json.loads(bpe.to_str())["model"]
+    vocab: dict[str, int] = content["vocab"]
+    for letter in letters:
+        vocab.setdefault(letter + "</w>", len(vocab))
+    with TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps(vocab))
+        Path(folder, "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in content["merges"]))
+        return CLIPTokenizer.from_pretrained(
+            folder, bos_token=_BOS, eos_token=_EOS, unk_token=_EOS, pad_token=_EOS, model_max_length=MAX_TOKENS
+        )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModelWithProjection:
+    """Build a frozen random CLIP text encoder with weights of order one, so that words stay far apart."""
+    torch.manual_seed(seed)
+    encoder = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=TEXT_WIDTH,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    for name, weight in encoder.named_parameters():
+        if "embedding" in name:
+            torch.nn.init.normal_(weight, std=1.0 if "token" in name else 0.5)
+        elif weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    return encoder.requires_grad_(False).eval()
+
+
+def build_vae() -> AutoencoderKL:
+    """Build the autoencoder: 24×24 pixels to 16 channels of 6×6."""
+    channels = [16, 32, 64]
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * len(channels),
+        up_block_types=["UpDecoderBlock2D"] * len(channels),
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+
+
+def build_transformer(layers: int = 4, heads: int = 3, head_width: int = 32) -> SD3Transformer2DModel:
+    """Build the velocity network, an SD3.5 MMDiT (normalised queries and keys) with one token per latent position.
+
+    Args:
+        layers: number of joint blocks.
+        heads: attention heads per block.
+        head_width: channels per head.
+    """
+    transformer = SD3Transformer2DModel(
+        sample_size=IMAGE_SIZE // 4,
+        patch_size=1,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=layers,
+        num_attention_heads=heads,
+        attention_head_dim=head_width,
+        caption_projection_dim=heads * head_width,
+        joint_attention_dim=2 * TEXT_WIDTH,
+        pooled_projection_dim=2 * TEXT_WIDTH,
+        pos_embed_max_size=IMAGE_SIZE // 4,
+        qk_norm="rms_norm",
+    )
+    for name, module in transformer.named_modules():  # blocks start as identities, the output at zero (DiT)
+        if isinstance(module, torch.nn.Linear) and (name.endswith("norm1.linear") or name.endswith("norm1_context.linear")):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    for module in (transformer.norm_out.linear, transformer.proj_out):
+        torch.nn.init.zeros_(module.weight)
+        torch.nn.init.zeros_(module.bias)
+    return transformer
+
+
+def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Build the scheduler of the stock pipeline, with the time shift of SD3."""
+    return FlowMatchEulerDiscreteScheduler(shift=SHIFT)

@@ -1,0 +1,1 @@
+"""Lightning callbacks of the method (imported as ``advdmd_lightning.callbacks``)."""
