@@ -51,7 +51,7 @@ format: setup  ## let ruff rewrite the files
 	$(BIN)/ruff format .
 
 teacher: setup  ## train the embedded teacher again (hours on 2 cores)
-	$(BIN)/python -m advdmd_lightning.shapes.train
+	$(BIN)/python -m advdmd_lightning.shapes.pretrain
 
 clean:  ## remove .venv, caches and build products (runs/ stays)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

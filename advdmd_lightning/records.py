@@ -146,3 +146,14 @@ class Trajectory:
     def stochastic_mask(self) -> Tensor:
         """`stochastic` as a boolean tensor, (K, 1), for `grpo_loss`."""
         return torch.tensor(self.stochastic, device=self.states.device).unsqueeze(1)
+
+    def select(self, index: Tensor) -> Trajectory:
+        """Some of the samples, (N,) indices in [0, B), on their own: no longer in groups."""
+        return Trajectory(
+            states=self.states[:, index],
+            times=self.times,
+            log_probs=self.log_probs[:, index],
+            stochastic=self.stochastic,
+            condition=self.condition[index],
+            group_size=1,
+        )

@@ -35,7 +35,9 @@ class DistillationSettings:
     def __post_init__(self) -> None:
         """Check the ranges."""
         times = (self.min_time, self.max_time)
-        _require(0 < times[0] < times[1] < 1, "distillation.min_time, max_time", times, "need 0 < min_time < max_time < 1")
+        _require(
+            0 < times[0] < times[1] < 1, "distillation.min_time, max_time", times, "need 0 < min_time < max_time < 1"
+        )
         _require(self.guidance_scale >= 0, "distillation.guidance_scale", self.guidance_scale, "give a scale >= 0")
         _require(self.time_shift > 0, "distillation.time_shift", self.time_shift, "give a shift > 0; 1 is none")
         _require(self.normalizer_floor > 0, "distillation.normalizer_floor", self.normalizer_floor, "give a value > 0")
@@ -91,7 +93,9 @@ class GRPOSettings:
     def __post_init__(self) -> None:
         """Check the ranges."""
         _require(self.weight >= 0, "grpo.weight", self.weight, "give a weight >= 0; 0 switches GRPO off")
-        _require(self.group_size >= 2, "grpo.group_size", self.group_size, "a group needs at least 2 samples to compare")
+        _require(
+            self.group_size >= 2, "grpo.group_size", self.group_size, "a group needs at least 2 samples to compare"
+        )
         _require(self.groups is None or self.groups >= 1, "grpo.groups", self.groups, "give null or at least 1 prompt")
         _require(self.clip_range > 0, "grpo.clip_range", self.clip_range, "give a range > 0, such as 1e-4")
         _require(self.beta >= 0, "grpo.beta", self.beta, "give a weight >= 0")
@@ -110,7 +114,9 @@ class GuidanceSettings:
 
     def __post_init__(self) -> None:
         """Check the range."""
-        _require(self.updates >= 1, "guidance.updates", self.updates, "the fake score needs at least 1 update per cycle")
+        _require(
+            self.updates >= 1, "guidance.updates", self.updates, "the fake score needs at least 1 update per cycle"
+        )
 
 
 @dataclass(frozen=True)

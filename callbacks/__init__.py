@@ -1,1 +1,7 @@
 """Lightning callbacks of the method (imported as ``advdmd_lightning.callbacks``)."""
+
+from advdmd_lightning.callbacks.generator_ema import GeneratorEMA
+from advdmd_lightning.callbacks.grpo_warmup import GRPOWarmup
+from advdmd_lightning.callbacks.sample_logger import SampleLogger
+
+__all__ = ["GRPOWarmup", "GeneratorEMA", "SampleLogger"]

@@ -29,7 +29,10 @@ from transformers import (
     T5Tokenizer,
 )
 
-WORDS = "a an red blue green yellow circle square triangle left right above below of two three photo"
+WORDS = (
+    "a an and on red blue green yellow black gray white circle square triangle circles squares triangles left right "
+    "above below of two three photo"
+)
 CAPTIONS = ["a red circle", "two blue squares left of a green triangle"]
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CLIP_LENGTH, CLIP_WIDTH, T5_WIDTH = 16, 16, 48

@@ -39,10 +39,10 @@ class ImageReward(Reward):
             ValueError: if the function returns another shape.
         """
         scores = self.function(rollout.images, rollout.captions)
-        if scores.shape != (len(rollout.captions),):
+        if scores.shape != (len(rollout.images),):
             raise ValueError(
                 f"reward `{self.name}` returned shape {tuple(scores.shape)}; expected one score per image, "
-                f"({len(rollout.captions)},)"
+                f"({len(rollout.images)},)"
             )
         return scores.float()
 

@@ -1,0 +1,1 @@
+"""The embedded shapes world: captions, renderer, exact checker, and how its teacher was made."""

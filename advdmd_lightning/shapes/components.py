@@ -27,7 +27,11 @@ def build_tokenizer() -> CLIPTokenizer:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=4096, end_of_word_suffix="</w>", initial_alphabet=letters, special_tokens=[_BOS, _EOS], show_progress=False
+        vocab_size=4096,
+        end_of_word_suffix="</w>",
+        initial_alphabet=letters,
+        special_tokens=[_BOS, _EOS],
+        show_progress=False,
     )
     bpe.train_from_iterator(WORDS, trainer)
     content = json.loads(bpe.to_str())["model"]
@@ -36,7 +40,9 @@ def build_tokenizer() -> CLIPTokenizer:
         vocab.setdefault(letter + "</w>", len(vocab))
     with TemporaryDirectory() as folder:
         Path(folder, "vocab.json").write_text(json.dumps(vocab))
-        Path(folder, "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in content["merges"]))
+        Path(folder, "merges.txt").write_text(
+            "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in content["merges"])
+        )
         return CLIPTokenizer.from_pretrained(
             folder, bos_token=_BOS, eos_token=_EOS, unk_token=_EOS, pad_token=_EOS, model_max_length=MAX_TOKENS
         )
@@ -109,7 +115,9 @@ def build_transformer(layers: int = 4, heads: int = 3, head_width: int = 32) -> 
         qk_norm="rms_norm",
     )
     for name, module in transformer.named_modules():  # blocks start as identities, the output at zero (DiT)
-        if isinstance(module, torch.nn.Linear) and (name.endswith("norm1.linear") or name.endswith("norm1_context.linear")):
+        if isinstance(module, torch.nn.Linear) and (
+            name.endswith("norm1.linear") or name.endswith("norm1_context.linear")
+        ):
             torch.nn.init.zeros_(module.weight)
             torch.nn.init.zeros_(module.bias)
     for module in (transformer.norm_out.linear, transformer.proj_out):

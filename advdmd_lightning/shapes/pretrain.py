@@ -1,8 +1,8 @@
-"""How the embedded teacher was made: its autoencoder, then its velocity network, each an ordinary Lightning fit.
+"""How the embedded teacher was made: autoencoder, velocity network, sharper decoder, each an ordinary Lightning fit.
 
-``make teacher`` runs ``python -m advdmd_lightning.shapes.pretrain``: both stages from ``configs/shapes_vae.yaml`` and
-``configs/shapes_teacher.yaml``, resuming by itself, then the pipeline folder. Muon steps the weight matrices of the
-blocks, AdamW the rest.
+``make teacher`` runs ``python -m advdmd_lightning.shapes.pretrain``: the stages ``configs/shapes_vae.yaml``,
+``configs/shapes_transformer.yaml`` and ``configs/shapes_decoder.yaml``, resuming by itself, then the pipeline folder.
+Muon steps the weight matrices of the blocks, AdamW the rest.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from tqdm import trange
 
 from advdmd_lightning.shapes import components
 from advdmd_lightning.shapes.stream import draw_batch
+
+STAGES = ("shapes_vae", "shapes_transformer", "shapes_decoder")
 
 
 class Pretraining(L.LightningModule):
@@ -73,7 +75,7 @@ class Pretraining(L.LightningModule):
         """Muon for the matrices inside the transformer's blocks, AdamW for everything else."""
         named = dict(self.network.named_parameters())
         matrices = [n for n, w in named.items() if "transformer_blocks" in n and w.ndim == 2 and ".norm1" not in n]
-        rest = [w for n, w in named.items() if n not in matrices]
+        rest = [w for n, w in named.items() if n not in matrices and w.requires_grad]
         optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(rest, lr=self.lr, betas=(0.9, 0.99), weight_decay=0.0),
             torch.optim.Muon(
@@ -92,19 +94,27 @@ class Pretraining(L.LightningModule):
 
 
 class AutoencoderPretraining(Pretraining):
-    """Stage 1: the autoencoder, with squared error and a small Kullback–Leibler weight.
+    """Stage 1: the autoencoder, with squared error and a small Kullback–Leibler weight; stage 3: its decoder alone.
 
     Args:
         kl_weight: weight of the KL divergence (nats per latent value) against the squared error per pixel.
+        encoder: checkpoint of stage 1 to go on from with the encoder frozen, so that latents stay what they are.
         lr: learning rate.
         ema_decay: decay of the average that is exported.
         decay_share: share of the run over which the learning rate falls to zero.
     """
 
     def __init__(
-        self, kl_weight: float = 1e-4, lr: float = 2e-3, ema_decay: float = 0.995, decay_share: float = 0.5
+        self,
+        kl_weight: float = 1e-4,
+        encoder: str | None = None,
+        lr: float = 2e-3,
+        ema_decay: float = 0.995,
+        decay_share: float = 0.5,
     ) -> None:
-        super().__init__(components.build_vae(), lr, lr, ema_decay, decay_share, compile=False)
+        network = components.build_vae() if encoder is None else load_vae(encoder)
+        network.decoder.requires_grad_(True)
+        super().__init__(network, lr, lr, ema_decay, decay_share, compile=False)
         self.kl_weight = kl_weight
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
@@ -260,7 +270,9 @@ def load_vae(checkpoint: str) -> AutoencoderKL:
     vae.load_state_dict({k.removeprefix("averaged."): v for k, v in state.items() if k.startswith("averaged.")})
     with torch.no_grad():
         latents = vae.encode(draw_batch(512, seed=0, index=0)["image"]).latent_dist.mean
-    vae.register_to_config(shift_factor=round(float(latents.mean()), 4), scaling_factor=round(1 / float(latents.std()), 4))
+    vae.register_to_config(
+        shift_factor=round(float(latents.mean()), 4), scaling_factor=round(1 / float(latents.std()), 4)
+    )
     return vae
 
 
@@ -303,17 +315,16 @@ def fit(recipe: str, *overrides: str) -> None:
 
 
 def main() -> None:
-    """Make the teacher: both stages, then the folder."""
+    """Make the teacher: the three stages, each from its last checkpoint if there is one, then the folder."""
     parser = argparse.ArgumentParser(prog="python -m advdmd_lightning.shapes.pretrain", description=main.__doc__)
     parser.add_argument("--out", default="runs/teacher/pipeline", help="pipeline folder to write")
-    parser.add_argument("--stage", choices=("vae", "transformer", "export"), help="run this stage alone")
+    parser.add_argument("--stage", choices=(*STAGES, "export"), help="run this stage alone")
     arguments, overrides = parser.parse_known_args()
-    if arguments.stage in (None, "vae"):
-        fit("shapes_vae", *overrides)
-    if arguments.stage in (None, "transformer"):
-        fit("shapes_teacher", *overrides)
+    for stage in STAGES:
+        if arguments.stage in (None, stage):
+            fit(stage, *overrides)
     if arguments.stage in (None, "export"):
-        export("runs/teacher/vae/last.ckpt", "runs/teacher/transformer/last.ckpt", arguments.out)
+        export("runs/teacher/decoder/last.ckpt", "runs/teacher/transformer/last.ckpt", arguments.out)
 
 
 if __name__ == "__main__":

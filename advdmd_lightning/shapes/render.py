@@ -13,12 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from advdmd_lightning.shapes.grammar import CATEGORIES, COLORS, SHAPES, Caption, Noun, captions
+from advdmd_lightning.shapes.grammar import CATEGORIES, COLORS, Caption, Noun, captions
 
 IMAGE_SIZE = 24
 CELL = 2
 SPECKLE = 0.07
-COLOR_RGB = {"red": (0.86, 0.16, 0.18), "green": (0.15, 0.65, 0.25), "blue": (0.16, 0.32, 0.85), "yellow": (0.96, 0.80, 0.12)}
+COLOR_RGB = {
+    "red": (0.86, 0.16, 0.18),
+    "green": (0.15, 0.65, 0.25),
+    "blue": (0.16, 0.32, 0.85),
+    "yellow": (0.96, 0.80, 0.12),
+}
 BACKGROUND_LEVEL = {"black": 0.12, "gray": 0.50, "white": 0.88}
 RADIUS_RANGE = {1: (4.0, 6.5), 2: (3.2, 4.6), 3: (2.8, 3.6)}
 _GAP, _MARGIN = 2.0, 1.0
@@ -27,7 +32,7 @@ _SQUARE, _TRIANGLE = np.sqrt(np.pi) / 2, np.sqrt(np.pi / (3 * np.sqrt(3)))  # ha
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a scene: centre in pixels (x to the right, y down), radius in pixels of the circle of equal area."""
+    """One object: centre in pixels (x right, y down) and radius in pixels of the circle of equal area."""
 
     shape: str
     color: str

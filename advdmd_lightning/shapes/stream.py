@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import IterableDataset
 
 from advdmd_lightning.shapes.render import draw_caption, draw_scene, render
 

@@ -1,0 +1,407 @@
+"""``AdvDMDModule``: one training step is one cycle of the algorithm, one generator update, one ``global_step``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import ConstantLR
+from torchmetrics import Metric, MetricCollection
+
+from advdmd_lightning.backbones.base import Backbone
+from advdmd_lightning.backbones.roles import Copies, Roles
+from advdmd_lightning.discriminator import Discriminator
+from advdmd_lightning.equations import GRPOLoss, generator_loss
+from advdmd_lightning.flow import Renoising, Transition, few_step_grid
+from advdmd_lightning.records import Condition, Trajectory
+from advdmd_lightning.rewards import DiscriminatorReward, Reward, Rollout
+from advdmd_lightning.rollout import simulate, split
+from advdmd_lightning.settings import (
+    ClipSettings,
+    DiscriminatorSettings,
+    DistillationSettings,
+    GRPOSettings,
+    GuidanceSettings,
+)
+from advdmd_lightning.updates import (
+    critic_of,
+    generator_losses,
+    guidance_loss,
+    policy_losses,
+    trajectory_advantages,
+)
+
+
+class AdvDMDModule(L.LightningModule):
+    """Distils a flow-matching text-to-image teacher into a few-step generator: DMD2 and GRPO in one loop.
+
+    A batch holds ``image`` (B, 3, H, W) in [-1, 1] and ``caption`` (B strings), or, already encoded, ``latents``
+    (B, C, h, w) with ``embeds`` (B, L, D), ``pooled`` (B, P) and optionally ``mask`` (B, L), and ``caption`` where a
+    reward reads words.
+
+    Args:
+        backbone: the model family and its pretrained pipeline.
+        num_steps: K, steps of the generator (P: 4 or 2).
+        transition: the backward simulation's step (P: stochastic; O: which one); sampling uses it too.
+        roles: how generator, fake score and teacher are held, by default three full copies.
+        distillation: DMD and fake score.
+        discriminator: heads and adversarial term.
+        grpo: policy loss.
+        guidance: joint updates of fake score and discriminator.
+        rewards: rewards of the policy, by default the discriminator alone (P).
+        clip: largest gradient norm per role.
+        generator_optimizer: makes the generator's optimizer.
+        fake_score_optimizer: makes the fake score's optimizer.
+        discriminator_optimizer: makes the heads' optimizer.
+        generator_schedule: makes the generator's learning-rate schedule; all three advance once per generator update.
+        fake_score_schedule: makes the fake score's.
+        discriminator_schedule: makes the heads'.
+        metrics: metrics of validation and test, each updated with ``(images, captions)``.
+        seed: seed of everything that a cycle draws; with the step and the rank it fixes the cycle's noise, so that a
+            resumed run draws what an uninterrupted one would.
+
+    Raises:
+        ValueError: if a setting is out of range or contradicts another; the message names its key.
+
+    Attributes:
+        grpo_gate: share of λ_grpo in force, set by callbacks before a cycle; 0 closes the gate.
+        last_metrics: what the last cycle logged.
+        sampling_network: network that ``sample`` uses instead of the generator's; see ``sample_from``.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_steps: int = 4,
+        transition: Transition = Renoising(),  # noqa: B008  (frozen)
+        roles: Callable[[Backbone], Roles] = Copies,
+        distillation: DistillationSettings = DistillationSettings(),  # noqa: B008  (frozen)
+        discriminator: DiscriminatorSettings = DiscriminatorSettings(),  # noqa: B008
+        grpo: GRPOSettings = GRPOSettings(),  # noqa: B008
+        guidance: GuidanceSettings = GuidanceSettings(),  # noqa: B008
+        rewards: Sequence[Reward] | None = None,
+        clip: ClipSettings = ClipSettings(),  # noqa: B008
+        generator_optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-5, betas=(0.9, 0.99), weight_decay=0.0),
+        fake_score_optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-5, betas=(0.9, 0.99), weight_decay=0.0),
+        discriminator_optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-4, betas=(0.5, 0.99), weight_decay=0.0),
+        generator_schedule: LRSchedulerCallable = lambda o: ConstantLR(o, factor=1.0),
+        fake_score_schedule: LRSchedulerCallable = lambda o: ConstantLR(o, factor=1.0),
+        discriminator_schedule: LRSchedulerCallable = lambda o: ConstantLR(o, factor=1.0),
+        metrics: Mapping[str, Metric] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.backbone = backbone
+        self.transition = transition
+        self.distillation, self.grpo, self.guidance = distillation, grpo, guidance
+        self.adversarial_weight, self.clip, self.seed = discriminator.weight, clip, seed
+        self.rewards = list(rewards) if rewards is not None else [DiscriminatorReward()]
+        grid = few_step_grid(num_steps, backbone.shift)
+        self.register_buffer("grid", grid, persistent=False)
+        self._check_policy(grid)
+        self.roles = roles(backbone)
+        blocks = discriminator.blocks or backbone.feature_blocks()
+        self.discriminator = Discriminator(blocks, backbone.feature_channels, discriminator.hidden)
+        self.critic = critic_of(self.roles, self.discriminator, discriminator.features)
+        self.metrics = MetricCollection(dict(metrics or {}))
+        self._make_optimizers = (generator_optimizer, fake_score_optimizer, discriminator_optimizer)
+        self._make_schedules = (generator_schedule, fake_score_schedule, discriminator_schedule)
+        self.grpo_gate = 1.0
+        self.last_metrics: dict[str, float] = {}
+        self.sampling_network: nn.Module | None = None
+        self._empty: Condition | None = None
+
+    def _check_policy(self, grid: Tensor) -> None:
+        if self.grpo.weight and not any(self.transition.stochastic_steps(grid)):
+            raise ValueError(
+                f"`model.grpo.weight` is {self.grpo.weight}, but `model.transition` = {self.transition} with "
+                f"`model.num_steps` = {len(grid) - 1} has no stochastic step, so there is no policy to train: choose a "
+                "stochastic transition with at least 2 steps, or set the weight to 0"
+            )
+        if self.grpo.weight and not self.rewards:
+            raise ValueError("`model.rewards` is empty while `model.grpo.weight` > 0: name a reward, or set it to 0")
+
+    @property
+    def generator(self) -> nn.Module:
+        """The generator's network."""
+        return self.roles.generator.network
+
+    @property
+    def generator_updates(self) -> int:
+        """Generator updates so far, the trainer's ``global_step``."""
+        return self.trainer.global_step
+
+    # ------------------------------------------------------------------ one cycle
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Run one cycle: encode, simulate once, update the guidance, update the generator, log."""
+        started = time.perf_counter()
+        noise_source = self._noise_source()
+        real, condition, captions = self._encode(batch)
+        rollout = self._simulate(condition, noise_source)
+        samples = self._spread(rollout, len(condition), noise_source)
+        metrics = self._update_guidance(samples, real, condition, noise_source)
+        metrics |= self._update_generator(samples, rollout, captions, noise_source)
+        metrics["samples_per_second"] = rollout.batch_size / (time.perf_counter() - started)
+        self._report(metrics)
+
+    def _noise_source(self) -> torch.Generator:
+        """A generator fixed by seed, step and rank."""
+        key = (self.seed * 1_000_003 + self.global_step) * 65_537 + self.global_rank
+        return torch.Generator(self.device).manual_seed(key)
+
+    def _encode(self, batch: dict[str, Any]) -> tuple[Tensor, Condition, Sequence[str]]:
+        """Latents, text and captions of a batch, encoded here unless it comes encoded."""
+        captions = batch.get("caption", ())
+        if "latents" in batch:
+            return (
+                batch["latents"].float(),
+                Condition(batch["embeds"], batch.get("pooled"), batch.get("mask")),
+                captions,
+            )
+        if "image" not in batch or "caption" not in batch:
+            raise ValueError(
+                f"a batch has the keys {sorted(batch)}; expected `image` and `caption`, or `latents` and `embeds`"
+            )
+        return self.backbone.encode_image(batch["image"]), self.backbone.encode_text(captions), captions
+
+    @property
+    def grpo_weight(self) -> float:
+        """λ_grpo in force in this cycle: 0 while the gate is closed."""
+        return self.grpo.weight * self.grpo_gate
+
+    def _simulate(self, condition: Condition, noise_source: torch.Generator) -> Trajectory:
+        """The cycle's one rollout: the batch's prompts, or with the gate open a group of samples for each."""
+        group_size, micro_batch = 1, None
+        if self.grpo_weight:
+            group_size, micro_batch = self.grpo.group_size, self.grpo.micro_batch
+            condition = condition[: self.grpo.groups or len(condition)].repeat_interleave(group_size)
+        noise = self._initial_noise(len(condition), group_size, noise_source)
+        return simulate(
+            self.roles.generator, self.transition, self.grid, condition, noise, noise_source, group_size, micro_batch
+        )
+
+    def _initial_noise(self, count: int, group_size: int, noise_source: torch.Generator) -> Tensor:
+        shared = self.grpo.shared_noise
+        shape = (count // group_size if shared else count, *self.backbone.latent_shape)
+        noise = torch.randn(shape, generator=noise_source, device=self.device)
+        return noise.repeat_interleave(group_size, 0) if shared else noise
+
+    @staticmethod
+    def _spread(rollout: Trajectory, count: int, noise_source: torch.Generator) -> Trajectory:
+        """At most ``count`` samples of the rollout, spread evenly over its prompts, a random member of each stride."""
+        if rollout.batch_size <= count:
+            return rollout
+        edges = torch.arange(count, device=rollout.times.device) * rollout.batch_size // count
+        stride = rollout.batch_size // count
+        offset = torch.randint(stride, (count,), generator=noise_source, device=edges.device)
+        return rollout.select(edges + offset)
+
+    def _update_guidance(
+        self, samples: Trajectory, real: Tensor, condition: Condition, noise_source: torch.Generator
+    ) -> dict[str, Tensor]:
+        """P: several joint updates of fake score and discriminator, each with fresh times and noise."""
+        _, *optimizers = self.optimizers()
+        fake_score, heads = self.roles.fake_score.trainable_parameters(), list(self.discriminator.parameters())
+        metrics: dict[str, Tensor] = {}
+        count = samples.batch_size
+        for _ in range(self.guidance.updates):
+            loss = guidance_loss(
+                self.roles, self.critic, samples, real[:count], condition[:count], self.distillation, noise_source
+            )
+            self._check_finite("fake_score", "loss", loss.fake_score)
+            self._check_finite("discriminator", "loss", loss.discriminator)
+            self.manual_backward(loss.fake_score + loss.discriminator, inputs=[*fake_score, *heads])
+            metrics = {
+                "loss/fake_score": loss.fake_score.detach(),
+                "loss/discriminator": loss.discriminator.detach(),
+                "discriminator/accuracy_real": loss.accuracy_real,
+                "discriminator/accuracy_fake": loss.accuracy_fake,
+                "grad_norm/fake_score": self._clip("fake_score", fake_score, self.clip.fake_score),
+                "grad_norm/discriminator": self._clip("discriminator", heads, self.clip.discriminator),
+            }
+            for optimizer in optimizers:  # past Lightning's wrapper, which would count these steps as global steps
+                optimizer.optimizer.step()
+                optimizer.optimizer.zero_grad()
+        return metrics
+
+    def _update_generator(
+        self, samples: Trajectory, rollout: Trajectory, captions: Sequence[str], noise_source: torch.Generator
+    ) -> dict[str, Tensor]:
+        """One optimizer step on the composite objective (3.10)."""
+        optimizer = self.optimizers()[0]
+        parameters = self.roles.generator.trainable_parameters()
+        loss = generator_losses(
+            self.roles,
+            self.critic,
+            samples,
+            self._empty_condition(),
+            self.distillation,
+            self.adversarial_weight > 0,
+            noise_source,
+        )
+        none = loss.dmd.new_zeros(())
+        total = generator_loss(loss.dmd, none, loss.adversarial, self.grpo_weight, self.adversarial_weight)
+        self._check_finite("generator", "DMD and adversarial loss", total)
+        self.manual_backward(total, inputs=parameters)
+        metrics = {"loss/dmd": loss.dmd.detach(), "loss/adversarial": loss.adversarial.detach()}
+        if self.grpo_weight:
+            metrics |= self._accumulate_policy(rollout, captions, parameters)
+        metrics["grpo/gate"] = none + self.grpo_gate
+        metrics["grad_norm/generator"] = self._clip("generator", parameters, self.clip.generator)
+        optimizer.step()
+        optimizer.zero_grad()
+        for schedule in self.lr_schedulers():
+            schedule.step()
+        return metrics
+
+    def _accumulate_policy(
+        self, rollout: Trajectory, captions: Sequence[str], parameters: list[nn.Parameter]
+    ) -> dict[str, Tensor]:
+        """Rewards and advantages per step, then the policy loss's gradient in micro-batches."""
+        micro_batch = self.grpo.micro_batch
+        words = [c for c in captions[: rollout.num_groups] for _ in range(rollout.group_size)]
+        seen = Rollout(rollout, words, lambda *state: self.critic.score(*state, micro_batch), self._decode)
+        advantages, scores = trajectory_advantages(self.rewards, seen, self.grpo)
+        metrics = _reward_metrics(scores, rollout) | {"grpo/zero_std_share": advantages.zero_std_share}
+        policy: GRPOLoss | None = None
+        for part in policy_losses(
+            self.roles.generator, self.roles.teacher, self.transition, rollout, advantages.values, self.grpo
+        ):
+            self._check_finite("generator", "policy loss", part.loss)
+            self.manual_backward(self.grpo_weight * part.loss, inputs=parameters)
+            policy = part.detach() if policy is None else policy + part.detach()
+        assert policy is not None, "checked at construction: a policy has a stochastic step"
+        return metrics | {
+            "loss/grpo": policy.loss,
+            "grpo/ratio": policy.ratio_mean,
+            "grpo/clipped_fraction": policy.clipped_fraction,
+            "grpo/kl": policy.kl,
+        }
+
+    def _clip(self, role: str, parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
+        """Clip a role's gradient and return its norm before, which must be finite."""
+        norm = nn.utils.clip_grad_norm_(parameters, limit if limit is not None else float("inf"))
+        self._check_finite(role, "gradient norm", norm)
+        return norm.detach()
+
+    def _check_finite(self, role: str, what: str, value: Tensor) -> None:
+        if not torch.isfinite(value):
+            raise RuntimeError(
+                f"{what} of the {role} is {float(value)} at generator update {self.global_step}; no optimizer has "
+                "moved in this update. Resume from the last checkpoint with a lower learning rate or a smaller clip norm"
+            )
+
+    def _report(self, metrics: dict[str, Tensor | float]) -> None:
+        self.last_metrics = {name: float(value) for name, value in metrics.items()}
+        shown = {name for name in self.last_metrics if name in ("loss/dmd", "grpo/gate")}
+        batch_size = 1
+        self.log_dict({n: v for n, v in self.last_metrics.items() if n not in shown}, batch_size=batch_size)
+        self.log_dict({n: v for n, v in self.last_metrics.items() if n in shown}, prog_bar=True, batch_size=batch_size)
+
+    # ------------------------------------------------------------------ sampling and evaluation
+
+    def sample_from(self, network: nn.Module | None) -> None:
+        """Let ``sample`` use this network, an average of the generator for instance; None = the generator's own.
+
+        It is only referred to: an ordinary assignment would register it, and checkpoints would contain it.
+        """
+        object.__setattr__(self, "sampling_network", network)
+
+    @torch.no_grad()
+    def sample(
+        self, captions: Sequence[str], noise: Tensor | None = None, seed: int = 0, num_steps: int | None = None
+    ) -> Tensor:
+        """Generate one image per caption with the few-step generator.
+
+        Args:
+            captions: B captions.
+            noise: (B, C, h, w) initial noise; drawn from ``seed`` if not given.
+            seed: seed of the initial noise and of the steps' noise.
+            num_steps: steps of the grid; by default those of the training.
+
+        Returns:
+            (B, 3, H, W) images in [-1, 1].
+        """
+        source = torch.Generator(self.device).manual_seed(seed)
+        if noise is None:
+            noise = torch.randn((len(captions), *self.backbone.latent_shape), generator=source, device=self.device)
+        grid = self.grid if num_steps is None else few_step_grid(num_steps, self.backbone.shift).to(self.device)
+        network = self.generator if self.sampling_network is None else self.sampling_network.to(self.device)
+        trajectory = simulate(
+            lambda x_t, t, condition: self.backbone.velocity(network, x_t, t, condition),
+            self.transition,
+            grid,
+            self.backbone.encode_text(captions),
+            noise.to(self.device),
+            source,
+        )
+        return self.backbone.decode(trajectory.x0)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Sample the batch's captions, with noise fixed by the batch's number, and update the metrics."""
+        seed = (self.seed + 1) * 1_000_003 + batch_idx * self.trainer.world_size + self.global_rank
+        self.metrics.update(self.sample(batch["caption"], seed=seed), batch["caption"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics."""
+        self._log_metrics("val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """As in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics."""
+        self._log_metrics("test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return images (B, 3, H, W) in [-1, 1] of the batch's captions."""
+        return self.sample(batch["caption"], seed=batch_idx)
+
+    def _log_metrics(self, stage: str) -> None:
+        for name, value in self.metrics.compute().items():
+            self.log(f"{stage}/{name}", value, sync_dist=False)
+        self.metrics.reset()
+
+    # ------------------------------------------------------------------ optimizers
+
+    def configure_optimizers(self) -> tuple[OptimizerLRSchedulerConfig, ...]:
+        """Generator, fake score, discriminator, in this order; each with its schedule."""
+        owners = (
+            self.roles.generator.trainable_parameters(),
+            self.roles.fake_score.trainable_parameters(),
+            list(self.discriminator.parameters()),
+        )
+        made = []
+        for parameters, optimizer, schedule in zip(owners, self._make_optimizers, self._make_schedules, strict=True):
+            made.append(optimizer(parameters))
+            made[-1] = OptimizerLRSchedulerConfig(optimizer=made[-1], lr_scheduler=schedule(made[-1]))
+        return tuple(made)
+
+    def _empty_condition(self) -> Condition:
+        if self._empty is None:
+            self._empty = self.backbone.encode_text([""])
+        return self._empty
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return torch.cat([self.backbone.decode(latents[part]) for part in split(len(latents), self.grpo.micro_batch)])
+
+
+def _reward_metrics(scores: Mapping[str, Tensor], rollout: Trajectory) -> dict[str, Tensor]:
+    """Mean and spread within groups of every reward, per time step where it has one."""
+    metrics = {}
+    for name, score in scores.items():
+        for k, row in enumerate(torch.atleast_2d(score)):
+            suffix = f"/step{k + 1}" if score.ndim == 2 else ""
+            metrics[f"reward_mean/{name}{suffix}"] = row.mean()
+            metrics[f"reward_std/{name}{suffix}"] = row.view(rollout.num_groups, -1).std(1).mean()
+    return metrics
