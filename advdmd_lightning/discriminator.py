@@ -48,7 +48,7 @@ class Discriminator(nn.Module):
             raise ValueError("`discriminator.blocks` is empty; name at least one block of the backbone")
         if hidden % 8:
             raise ValueError(f"`discriminator.hidden` = {hidden} is not a multiple of 8, the number of norm groups")
-        self.blocks = tuple(blocks)
+        self.blocks, self.hidden = tuple(blocks), hidden
         self.heads = nn.ModuleList(DiscriminatorHead(channels, hidden) for _ in blocks)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -59,6 +59,15 @@ class Discriminator(nn.Module):
 
         Returns:
             One (B, 1, h/2, w/2) float32 per head.
+
+        Raises:
+            ValueError: if the maps are so small that the group norm would make every logit the same.
         """
+        height, width = features[0].shape[-2:]
+        if self.hidden // 8 * (height // 2) * (width // 2) < 2:
+            raise ValueError(
+                f"`discriminator.hidden` = {self.hidden} leaves the group norm one number per group on feature maps of "
+                f"{height} x {width}, so that the logits are constant; set a larger multiple of 8"
+            )
         with torch.autocast(features[0].device.type, enabled=False):
             return [head(feature.float()) for head, feature in zip(self.heads, features, strict=True)]

@@ -347,9 +347,8 @@ class AdvDMDModule(L.LightningModule):
         return self.backbone.decode(trajectory.x0)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Sample the batch's captions, with noise fixed by the batch's number, and update the metrics."""
-        seed = (self.seed + 1) * 1_000_003 + batch_idx * self.trainer.world_size + self.global_rank
-        self.metrics.update(self.sample(batch["caption"], seed=seed), batch["caption"])
+        """Sample the batch's captions and update the metrics."""
+        self.metrics.update(self.predict_step(batch, batch_idx), batch["caption"])
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics."""
@@ -364,8 +363,9 @@ class AdvDMDModule(L.LightningModule):
         self._log_metrics("test")
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return images (B, 3, H, W) in [-1, 1] of the batch's captions."""
-        return self.sample(batch["caption"], seed=batch_idx)
+        """Return images (B, 3, H, W) in [-1, 1] of the batch's captions, from noise fixed by the batch's number."""
+        number = batch_idx * self.trainer.world_size + self.global_rank
+        return self.sample(batch["caption"], seed=(self.seed + 1) * 1_000_003 + number)
 
     def _log_metrics(self, stage: str) -> None:
         for name, value in self.metrics.compute().items():

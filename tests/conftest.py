@@ -17,6 +17,11 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the flag of tests/test_golden.py."""
+    parser.addoption("--regenerate-golden", action="store_true", help="write tests/golden/ anew instead of comparing")
+
+
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     """Start every test from the same state of the global random generators."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from advdmd_lightning.shapes.grammar import WORDS
@@ -21,28 +24,27 @@ SHIFT = 3.0
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 
 
+def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that turn every word into one token; ties are broken by the alphabet, so runs agree."""
+    pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while counts := Counter(pair for word in pieces for pair in pairwise(word)):
+        left, right = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append((left, right))
+        for word in pieces:
+            for i in range(len(word) - 2, -1, -1):
+                if word[i : i + 2] == [left, right]:
+                    word[i : i + 2] = [left + right]
+    return merges
+
+
 def build_tokenizer() -> CLIPTokenizer:
-    """Train a CLIP tokenizer in which every word of the grammar is one token; other text falls back to bytes."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=_EOS))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096,
-        end_of_word_suffix="</w>",
-        initial_alphabet=letters,
-        special_tokens=[_BOS, _EOS],
-        show_progress=False,
-    )
-    bpe.train_from_iterator(WORDS, trainer)
-    content = json.loads(bpe.to_str())["model"]
-    vocab: dict[str, int] = content["vocab"]
-    for letter in letters:
-        vocab.setdefault(letter + "</w>", len(vocab))
+    """Build a CLIP tokenizer in which every word of the grammar is one token; other text falls back to bytes."""
+    letters, merges = sorted(ByteLevel.alphabet()), _merges(WORDS)
+    tokens = [_BOS, _EOS, *letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
     with TemporaryDirectory() as folder:
-        Path(folder, "vocab.json").write_text(json.dumps(vocab))
-        Path(folder, "merges.txt").write_text(
-            "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in content["merges"])
-        )
+        Path(folder, "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+        Path(folder, "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)))
         return CLIPTokenizer.from_pretrained(
             folder, bos_token=_BOS, eos_token=_EOS, unk_token=_EOS, pad_token=_EOS, model_max_length=MAX_TOKENS
         )

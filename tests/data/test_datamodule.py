@@ -130,6 +130,12 @@ def test_steps_per_epoch(tmp_path):
     assert len({digest for _, _, digest, _ in seen}) == 6
 
 
+def test_each_pass_is_another_visit():
+    loader = data_module(source=ShapesStream(length_per_epoch=4), batch_size=2).train_dataloader()
+    images = [image.numpy().tobytes() for _ in range(3) for batch in loader for image in batch["image"]]
+    assert len(set(images)) == len(images) == 12
+
+
 def test_overfitting_repeats_one_batch(tmp_path):
     with pytest.warns(UserWarning, match="overfit"):
         seen = fit(tmp_path, 3, data_module(), overfit_batches=1)
