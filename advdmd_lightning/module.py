@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import ConstantLR
+from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torchmetrics import Metric, MetricCollection
 
 from advdmd_lightning.backbones.base import Backbone
@@ -75,6 +77,8 @@ class AdvDMDModule(L.LightningModule):
         last_metrics: what the last cycle logged.
         sampling_network: network that ``sample`` uses instead of the generator's; see ``sample_from``.
     """
+
+    grid: Tensor
 
     def __init__(
         self,
@@ -150,8 +154,7 @@ class AdvDMDModule(L.LightningModule):
         samples = self._spread(rollout, len(condition), noise_source)
         metrics = self._update_guidance(samples, real, condition, noise_source)
         metrics |= self._update_generator(samples, rollout, captions, noise_source)
-        metrics["samples_per_second"] = rollout.batch_size / (time.perf_counter() - started)
-        self._report(metrics)
+        self._report(metrics, samples_per_second=rollout.batch_size / (time.perf_counter() - started))
 
     def _noise_source(self) -> torch.Generator:
         """A generator fixed by seed, step and rank."""
@@ -209,7 +212,7 @@ class AdvDMDModule(L.LightningModule):
         self, samples: Trajectory, real: Tensor, condition: Condition, noise_source: torch.Generator
     ) -> dict[str, Tensor]:
         """P: several joint updates of fake score and discriminator, each with fresh times and noise."""
-        _, *optimizers = self.optimizers()
+        _, *optimizers = self._three_optimizers()
         fake_score, heads = self.roles.fake_score.trainable_parameters(), list(self.discriminator.parameters())
         metrics: dict[str, Tensor] = {}
         count = samples.batch_size
@@ -237,7 +240,7 @@ class AdvDMDModule(L.LightningModule):
         self, samples: Trajectory, rollout: Trajectory, captions: Sequence[str], noise_source: torch.Generator
     ) -> dict[str, Tensor]:
         """One optimizer step on the composite objective (3.10)."""
-        optimizer = self.optimizers()[0]
+        optimizer, *_ = self._three_optimizers()
         parameters = self.roles.generator.trainable_parameters()
         loss = generator_losses(
             self.roles,
@@ -259,7 +262,7 @@ class AdvDMDModule(L.LightningModule):
         metrics["grad_norm/generator"] = self._clip("generator", parameters, self.clip.generator)
         optimizer.step()
         optimizer.zero_grad()
-        for schedule in self.lr_schedulers():
+        for schedule in cast("list[LRScheduler]", self.lr_schedulers()):
             schedule.step()
         return metrics
 
@@ -267,9 +270,8 @@ class AdvDMDModule(L.LightningModule):
         self, rollout: Trajectory, captions: Sequence[str], parameters: list[nn.Parameter]
     ) -> dict[str, Tensor]:
         """Rewards and advantages per step, then the policy loss's gradient in micro-batches."""
-        micro_batch = self.grpo.micro_batch
         words = [c for c in captions[: rollout.num_groups] for _ in range(rollout.group_size)]
-        seen = Rollout(rollout, words, lambda *state: self.critic.score(*state, micro_batch), self._decode)
+        seen = Rollout(rollout, words, partial(self.critic.score, micro_batch=self.grpo.micro_batch), self._decode)
         advantages, scores = trajectory_advantages(self.rewards, seen, self.grpo)
         metrics = _reward_metrics(scores, rollout) | {"grpo/zero_std_share": advantages.zero_std_share}
         policy: GRPOLoss | None = None
@@ -297,11 +299,12 @@ class AdvDMDModule(L.LightningModule):
         if not torch.isfinite(value):
             raise RuntimeError(
                 f"{what} of the {role} is {float(value)} at generator update {self.global_step}; no optimizer has "
-                "moved in this update. Resume from the last checkpoint with a lower learning rate or a smaller clip norm"
+                "moved in this update. Resume from the last checkpoint with a lower learning rate or clip norm"
             )
 
-    def _report(self, metrics: dict[str, Tensor | float]) -> None:
+    def _report(self, metrics: Mapping[str, Tensor], samples_per_second: float) -> None:
         self.last_metrics = {name: float(value) for name, value in metrics.items()}
+        self.last_metrics["samples_per_second"] = samples_per_second
         shown = {name for name in self.last_metrics if name in ("loss/dmd", "grpo/gate")}
         batch_size = 1
         self.log_dict({n: v for n, v in self.last_metrics.items() if n not in shown}, batch_size=batch_size)
@@ -383,9 +386,12 @@ class AdvDMDModule(L.LightningModule):
         )
         made = []
         for parameters, optimizer, schedule in zip(owners, self._make_optimizers, self._make_schedules, strict=True):
-            made.append(optimizer(parameters))
-            made[-1] = OptimizerLRSchedulerConfig(optimizer=made[-1], lr_scheduler=schedule(made[-1]))
+            made_optimizer = optimizer(parameters)
+            made.append(OptimizerLRSchedulerConfig(optimizer=made_optimizer, lr_scheduler=schedule(made_optimizer)))
         return tuple(made)
+
+    def _three_optimizers(self) -> list[LightningOptimizer]:
+        return cast("list[LightningOptimizer]", self.optimizers())
 
     def _empty_condition(self) -> Condition:
         if self._empty is None:

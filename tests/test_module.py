@@ -22,7 +22,17 @@ from advdmd_lightning.settings import (
     GuidanceSettings,
 )
 from advdmd_lightning.shapes.checker import ShapesScore
-from tests.training import CAPTIONS, fit, same, snapshot, tiny_backbone, tiny_data, tiny_module, tiny_trainer, without_time
+from tests.training import (
+    CAPTIONS,
+    fit,
+    same,
+    snapshot,
+    tiny_backbone,
+    tiny_data,
+    tiny_module,
+    tiny_trainer,
+    without_time,
+)
 
 ROLES = ("generator", "fake_score", "discriminator")
 

@@ -46,7 +46,7 @@ def differences(a, b, path="checkpoint"):
 def run(folder, name, seed, steps_per_epoch, ckpt_path=None, cycles=2 * CYCLES):
     """Train to the end, with a checkpoint on half the way; the last checkpoint and the last cycle's metrics."""
     module, callbacks = start(seed)
-    half = ModelCheckpoint(folder, f"{name}-half", every_n_train_steps=cycles // 2)
+    half = ModelCheckpoint(folder, f"{name}-{{step}}", every_n_train_steps=cycles // 2, save_top_k=-1)
     data = tiny_data(steps_per_epoch=steps_per_epoch)
     trainer = fit(module, folder, cycles, [*callbacks, half], data, ckpt_path, enable_checkpointing=True)
     trainer.save_checkpoint(folder / f"{name}.ckpt")
@@ -58,7 +58,7 @@ def run(folder, name, seed, steps_per_epoch, ckpt_path=None, cycles=2 * CYCLES):
 @pytest.mark.parametrize("steps_per_epoch", [2, CYCLES], ids=["in-an-epoch", "at-its-end"])
 def test_resume_equals_an_uninterrupted_run(tmp_path, steps_per_epoch):
     straight, metrics = run(tmp_path, "straight", 0, steps_per_epoch)
-    resumed, resumed_metrics = run(tmp_path, "resumed", 1, steps_per_epoch, tmp_path / "straight-half.ckpt")
+    resumed, resumed_metrics = run(tmp_path, "resumed", 1, steps_per_epoch, tmp_path / f"straight-step={CYCLES}.ckpt")
     assert straight["global_step"] == 2 * CYCLES
     gate = next(state for name, state in straight["callbacks"].items() if "GRPOWarmup" in name)
     assert gate["grpo_updates"] == 3
@@ -72,7 +72,7 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, steps_per_epoch):
 def test_a_lost_part_of_the_state_would_be_noticed(tmp_path):
     """The comparison is worth something: without the fake score's moments the run is another."""
     straight, _ = run(tmp_path, "straight", 0, 16, cycles=2)
-    half = torch.load(tmp_path / "straight-half.ckpt", weights_only=False)
+    half = torch.load(tmp_path / "straight-step=1.ckpt", weights_only=False)
     for state in half["optimizer_states"][1]["state"].values():
         state["exp_avg"].zero_()
     torch.save(half, tmp_path / "spoiled.ckpt")

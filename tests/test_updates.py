@@ -1,4 +1,4 @@
-"""The updates of a cycle on a real rollout: who gets a gradient, when it is zero, and that it teaches what it should."""
+"""The updates of a cycle on a real rollout: who gets a gradient, when it is zero, and what it teaches."""
 
 from __future__ import annotations
 

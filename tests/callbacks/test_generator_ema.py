@@ -127,7 +127,9 @@ def test_begins_with_the_generator_of_a_checkpoint_without_it(tmp_path):
     fit(module, tmp_path, 2).save_checkpoint(tmp_path / "plain.ckpt")
     fresh, ema = tiny_module(), GeneratorEMA()
     with pytest.warns(UserWarning, match="has no GeneratorEMA"):
-        tiny_trainer(tmp_path, callbacks=[ema]).predict(fresh, data_with_validation(), ckpt_path=tmp_path / "plain.ckpt")
+        tiny_trainer(tmp_path, callbacks=[ema]).predict(
+            fresh, data_with_validation(), ckpt_path=tmp_path / "plain.ckpt"
+        )
     assert same(snapshot(ema.network), snapshot(module.generator))
     assert ema.updates == 0
 

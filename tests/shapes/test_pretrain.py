@@ -1,0 +1,285 @@
+"""The three stages that made the teacher, for real but short, from their packaged recipes; and the shipped folder."""
+
+from __future__ import annotations
+
+import sys
+from itertools import islice
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from advdmd_lightning.backbones import SD3Backbone
+from advdmd_lightning.backbones.pretrained import locate
+from advdmd_lightning.recipes import recipe_names
+from advdmd_lightning.shapes import components, pretrain
+from advdmd_lightning.shapes.stream import draw_batch
+
+STEPS = 3
+
+
+def overrides(folder, steps=STEPS):
+    """The recipes' paths moved below a folder of the test, and few small steps with a checkpoint after each."""
+    return [
+        f"--trainer.max_steps={steps}",
+        f"--trainer.default_root_dir={folder}",
+        f"--trainer.callbacks.init_args.dirpath={folder}",
+        "--trainer.callbacks.init_args.every_n_train_steps=1",
+        "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--data.init_args.batch_size=4",
+    ]
+
+
+def fit(recipe, folder, *more, steps=STEPS):
+    """Run a stage and return its checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pretrain"])
+        pretrain.fit(recipe, *overrides(folder, steps), *more)
+    return load(folder / "last.ckpt")
+
+
+def load(checkpoint):
+    return torch.load(checkpoint, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("teacher")
+
+
+@pytest.fixture(scope="module")
+def vae(root):
+    """Checkpoint of stage 1."""
+    fit("shapes_vae", root / "vae")
+    return root / "vae" / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def transformer(root, vae):
+    """Checkpoint of stage 2."""
+    fit("shapes_transformer", root / "transformer", f"--data.init_args.vae={vae}", "--data.init_args.pool=256")
+    return root / "transformer" / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def decoder(root, vae):
+    """Checkpoint of stage 3."""
+    fit("shapes_decoder", root / "decoder", f"--model.init_args.encoder={vae}")
+    return root / "decoder" / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def folder(root, decoder, transformer):
+    """The exported pipeline."""
+    pretrain.export(str(decoder), str(transformer), root / "pipeline")
+    return root / "pipeline"
+
+
+def part(state, prefix):
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def changed(before, after):
+    """Share of the tensors that differ."""
+    assert before.keys() == after.keys()
+    return float(np.mean([not torch.equal(before[name], after[name]) for name in before]))
+
+
+def test_stages_have_recipes():
+    assert set(pretrain.STAGES) <= set(recipe_names())
+
+
+def test_autoencoder_stage_trains_and_resumes(root, vae):
+    """Another run of the recipe goes on from the checkpoint: steps, weights and the stream of images."""
+    before = load(vae)
+    assert before["global_step"] == STEPS
+    assert changed(part(before["state_dict"], "network."), part(before["state_dict"], "averaged.")) > 0.9
+    seen = []
+    make = pretrain.ShapesImages.make
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain.ShapesImages, "make", lambda self, index: seen.append(index) or make(self, index))
+        after = fit("shapes_vae", root / "vae", steps=STEPS + 2)
+    assert after["global_step"] == STEPS + 2
+    assert seen[:2] == [STEPS, STEPS + 1]
+    assert changed(part(before["state_dict"], "network."), part(after["state_dict"], "network.")) > 0.9
+
+
+def test_transformer_stage_trains_and_resumes(root, vae, transformer):
+    before = load(transformer)
+    assert before["global_step"] == STEPS
+    fresh = components.build_transformer().state_dict()
+    trained = part(before["state_dict"], "network.")
+    assert trained["proj_out.weight"].any()
+    assert not fresh["proj_out.weight"].any()
+    settings = [f"--data.init_args.vae={vae}", "--data.init_args.pool=256"]
+    pool = vae.with_name("latents-256-2.pt")
+    written = pool.stat().st_mtime_ns
+    after = fit("shapes_transformer", root / "transformer", *settings, steps=STEPS + 2)  # the first at the old run's end
+    assert after["global_step"] == STEPS + 2
+    assert pool.stat().st_mtime_ns == written  # encoded once
+    assert changed(trained, part(after["state_dict"], "network.")) > 0.5
+
+
+def test_decoder_stage_leaves_the_encoder_alone(vae, decoder):
+    """Bitwise, the average included: the latents that the transformer has learnt stay what they are."""
+    first, third = load(vae)["state_dict"], load(decoder)["state_dict"]
+    for network in ("network.", "averaged."):
+        assert changed(part(first, "averaged.encoder."), part(third, network + "encoder.")) == 0
+        assert changed(part(first, "averaged.decoder."), part(third, network + "decoder.")) > 0.9
+    scale = [(c.shift_factor, c.scaling_factor) for c in (pretrain.load_vae(str(p)).config for p in (vae, decoder))]
+    assert scale[0] == scale[1]
+
+
+def test_load_vae_standardises_the_latents(vae):
+    """On images that it has not measured."""
+    network = pretrain.load_vae(str(vae))
+    with torch.no_grad():
+        latents = network.encode(draw_batch(256, seed=9, index=0)["image"]).latent_dist.mean
+    latents = (latents - network.config.shift_factor) * network.config.scaling_factor
+    assert float(latents.mean()) == pytest.approx(0, abs=0.02)
+    assert float(latents.std()) == pytest.approx(1, abs=0.02)
+    assert not any(weight.requires_grad for weight in network.parameters())
+    assert not network.training
+
+
+def test_pool_holds_the_stream(vae, transformer):
+    """A row of the pool is the encoded image, its text the stock pipeline's embedding, the first text the empty one."""
+    data = pretrain.ShapesLatents(vae=str(vae), pool=256, batch_size=64)
+    data.prepare_data()
+    data.setup("fit")
+    stream = draw_batch(128, seed=2, index=1)
+    network = pretrain.load_vae(str(vae))
+    pipeline = pretrain.build_pipeline(network, components.build_transformer())
+    embeds, _, pooled, _ = pipeline.encode_prompt(
+        ["", *stream["caption"][:8]], None, None, do_classifier_free_guidance=False, max_sequence_length=0
+    )
+    assert torch.allclose(data.embeds[data.text[128:136]], embeds[1:], atol=1e-5)
+    assert torch.allclose(data.pooled[data.text[128:136]], pooled[1:], atol=1e-5)
+    with torch.no_grad():
+        mean = network.encode(stream["image"][:8]).latent_dist.mean
+    mean = (mean - network.config.shift_factor) * network.config.scaling_factor
+    assert torch.allclose(data.mean[128:136], mean, atol=0.02)  # stored in half precision
+    batch, again = data.make(5), data.make(5)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    assert not torch.equal(batch["latents"], data.make(6)["latents"])
+    assert batch["latents"].shape == (64, 16, 6, 6)
+    assert torch.allclose(batch["empty_embeds"], embeds[:1], atol=1e-5)
+    assert torch.allclose(batch["empty_pooled"], pooled[:1], atol=1e-5)
+
+
+def test_loss_is_that_of_the_velocity(vae, transformer):
+    """A network whose velocity is zero, as at the start, leaves E|noise - x0|² per value: 1 + the latents' square."""
+    data = pretrain.ShapesLatents(vae=str(vae), pool=256, batch_size=256)
+    data.prepare_data()
+    data.setup("fit")
+    module, batch = pretrain.FlowMatchingPretraining(), data.make(0)
+    with torch.no_grad():
+        expected = 1 + float(batch["latents"].square().mean())
+        assert float(module.loss(batch)) == pytest.approx(expected, rel=0.02)
+
+
+def test_each_weight_has_one_optimizer():
+    """Muon has the blocks' matrices but for those of the modulation, AdamW everything else."""
+    module = pretrain.FlowMatchingPretraining()
+    module.trainer = L.Trainer(max_steps=10, logger=False, enable_checkpointing=False, accelerator="cpu")
+    (adamw, muon), schedules = module.configure_optimizers()
+    groups = [{id(w) for group in o.param_groups for w in group["params"]} for o in (adamw, muon)]
+    named = dict(module.network.named_parameters())
+    assert not groups[0] & groups[1]
+    assert groups[0] | groups[1] == {id(weight) for weight in named.values()}
+    matrices = {name for name, weight in named.items() if id(weight) in groups[1]}
+    assert matrices
+    assert all("transformer_blocks" in name and named[name].ndim == 2 for name in matrices)
+    assert not any("norm1" in name for name in matrices)
+    assert len(schedules) == 2
+
+
+def test_stream_goes_on_from_a_number():
+    batches = list(islice(pretrain._Stream(lambda index: index, 7), 3))
+    assert batches == [7, 8, 9]
+
+
+def sample(pipeline, steps=2):
+    generator = torch.Generator().manual_seed(0)
+    captions = ["a red circle on gray", "two squares on black"]
+    return pipeline(
+        captions, num_inference_steps=steps, guidance_scale=2.0, max_sequence_length=0, generator=generator,
+        height=24, width=24, output_type="np",
+    ).images  # fmt: skip
+
+
+def load_stock(folder):
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_stock_diffusers_loads_and_samples_the_export(folder, decoder, transformer):
+    pipeline = load_stock(folder)
+    images = sample(pipeline)
+    assert images.shape == (2, 24, 24, 3)
+    assert np.isfinite(images).all()
+    for network, checkpoint in ((pipeline.transformer, transformer), (pipeline.vae, decoder)):
+        averaged = part(load(checkpoint)["state_dict"], "averaged.")
+        assert changed(averaged, network.state_dict()) == 0
+    assert pipeline.scheduler.config.shift == components.SHIFT
+
+
+def test_export_embeds_text_as_training_did(folder, vae, transformer):
+    """The folder is often written by another process than the one that cached the embeddings."""
+    pool = torch.load(vae.with_name("latents-256-2.pt"))
+    captions = [text for index in range(2) for text in draw_batch(128, 2, index)["caption"]]
+    backbone = SD3Backbone(str(folder), max_sequence_length=0)
+    condition = backbone.encode_text(captions[:32])
+    assert torch.allclose(condition.embeds, pool["embeds"][pool["text"][:32]], atol=1e-5)
+    assert torch.allclose(condition.pooled, pool["pooled"][pool["text"][:32]], atol=1e-5)
+
+
+def test_main_runs_the_stages_in_order_with_overrides_then_exports(monkeypatch):
+    calls = []
+    monkeypatch.setattr(pretrain, "fit", lambda *words: calls.append(words))
+    monkeypatch.setattr(pretrain, "export", lambda *paths: calls.append(("export", paths[-1])))
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--out", "here", "--trainer.devices=1"])
+    pretrain.main()
+    assert calls == [*((stage, "--trainer.devices=1") for stage in pretrain.STAGES), ("export", "here")]
+    calls.clear()
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--stage", "shapes_vae"])
+    pretrain.main()
+    assert calls == [("shapes_vae",)]
+
+
+# ---------------------------------------------------------------- the teacher in the package
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return Path(locate("embedded://shapes"))
+
+
+def test_shipped_teacher_is_small(shipped):
+    files = [path for path in shipped.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}  # nothing that has to be unpickled
+
+
+def test_stock_diffusers_loads_and_samples_the_shipped_teacher(shipped):
+    images = sample(load_stock(shipped), steps=4)
+    assert images.shape == (2, 24, 24, 3)
+    assert np.isfinite(images).all()
+    assert images.std() > 0.05
+
+
+def test_shipped_text_parts_are_those_of_the_code(shipped):
+    """The teacher was trained on embeddings by ``components``; the folder must give the same."""
+    pipeline = load_stock(shipped)
+    tokenizer = components.build_tokenizer()
+    assert pipeline.tokenizer.get_vocab() == pipeline.tokenizer_2.get_vocab() == tokenizer.get_vocab()
+    for seed, encoder in ((1, pipeline.text_encoder), (2, pipeline.text_encoder_2)):
+        built, found = components.build_text_encoder(tokenizer, seed).state_dict(), encoder.state_dict()
+        assert built.keys() == found.keys()
+        assert all(torch.allclose(built[name], found[name], atol=1e-5) for name in built)
