@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from typing import Any
 
+import diffusers
+import transformers
 from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -62,6 +65,7 @@ def run(args: list[str] | None = None) -> AdvDMDCLI:
     Raises:
         SystemExit: If the words cannot be parsed (code 2) or ask for help (code 0).
     """
+    hush()
     return AdvDMDCLI(
         AdvDMDModule,
         ImageCaptionDataModule,
@@ -71,6 +75,15 @@ def run(args: list[str] | None = None) -> AdvDMDCLI:
         auto_configure_optimizers=False,  # the module receives its three optimizers as callables
         parser_kwargs={"prog": "advdmd", "description": _DESCRIPTION},
     )
+
+
+def hush() -> None:
+    """Keep the loading bars of single model files, and notices that a user can do nothing about, off the terminal."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # inside Lightning
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")  # saved after the cycle
 
 
 def print_recipes() -> None:

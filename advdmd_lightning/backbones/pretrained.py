@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,24 @@ import diffusers
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 from packaging.version import Version
+from transformers.utils import logging as transformers_logging
 
 KEY = "backbone.init_args.pretrained"
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 """What ``from_pretrained`` of the installed diffusers calls its dtype."""
 EMBEDDED = {"embedded://shapes": ("shapes", "teacher")}
 """Names of the pipelines inside this package, and their folders below it."""
+
+
+@contextmanager
+def without_notices() -> Iterator[None]:
+    """Silence transformers' warnings, such as those of image processors that miss torchvision and are never used."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def locate(pretrained: str) -> str:

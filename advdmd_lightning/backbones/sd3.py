@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
 from torch import Tensor, nn
 
 from advdmd_lightning.backbones.base import Backbone
-from advdmd_lightning.backbones.pretrained import DTYPE_ARGUMENT, locate, read_index
+from advdmd_lightning.backbones.pretrained import DTYPE_ARGUMENT, locate, read_index, without_notices
 from advdmd_lightning.backbones.taps import check_blocks, tap
 from advdmd_lightning.equations import at_least_float32
 from advdmd_lightning.records import Condition
+
+with without_notices():
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
 
 FrozenDtype = Literal["float32", "bfloat16", "float16"]
 

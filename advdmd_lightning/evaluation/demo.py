@@ -1,7 +1,6 @@
 """``make demo``: distil the embedded teacher to 4 and 2 steps, then teacher and students side by side.
 
-Writes ``summary.json`` and ``samples.png`` into ``--out`` and prints the table. A student that is already trained
-(``--students PATH_4STEP PATH_2STEP``, checkpoints of the recipes) is evaluated as it is.
+Writes ``summary.json`` and ``samples.png`` into ``--out`` and prints the table.
 """
 
 from __future__ import annotations
@@ -107,7 +106,9 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the summary and the picture")
     parser.add_argument("--images-per-category", type=int, default=100, help="held-out images scored per category")
     parser.add_argument("--guidance", type=float, default=TEACHER_GUIDANCE, help="the teacher's guidance scale")
-    parser.add_argument("--set", nargs="*", default=[], metavar="--KEY=VALUE", help="overrides for both recipes")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="--KEY=VALUE", help="override for both recipes; may be repeated"
+    )
     options = parser.parse_args(args)
     started = time.perf_counter()
 

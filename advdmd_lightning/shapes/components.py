@@ -52,26 +52,27 @@ def build_tokenizer() -> CLIPTokenizer:
 
 def build_text_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModelWithProjection:
     """Build a frozen random CLIP text encoder with weights of order one, so that words stay far apart."""
-    torch.manual_seed(seed)
-    encoder = CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=2 * TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            projection_dim=TEXT_WIDTH,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=TEXT_WIDTH,
+                intermediate_size=2 * TEXT_WIDTH,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                projection_dim=TEXT_WIDTH,
+                max_position_embeddings=MAX_TOKENS,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
         )
-    )
-    for name, weight in encoder.named_parameters():
-        if "embedding" in name:
-            torch.nn.init.normal_(weight, std=1.0 if "token" in name else 0.5)
-        elif weight.ndim == 2:
-            torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        for name, weight in encoder.named_parameters():
+            if "embedding" in name:
+                torch.nn.init.normal_(weight, std=1.0 if "token" in name else 0.5)
+            elif weight.ndim == 2:
+                torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
     return encoder.requires_grad_(False).eval()
 
 

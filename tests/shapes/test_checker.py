@@ -205,9 +205,7 @@ def test_a_wrong_relation_fails(few, other):
 def test_swapped_left_and_right_fail(scenes):
     """Mirrored pictures: the same objects, crisp, on the other side."""
     sides = [scene for scene in scenes if scene.caption.relation in ("left of", "right of")]
-    mirrored = [
-        replace(scene, things=tuple(replace(t, x=IMAGE_SIZE - t.x) for t in scene.things)) for scene in sides
-    ]
+    mirrored = [replace(scene, things=tuple(replace(t, x=IMAGE_SIZE - t.x) for t in scene.things)) for scene in sides]
     assert correct(mirrored) == 0
     assert correct(mirrored, [str(replace(s.caption, relation=OPPOSITE[s.caption.relation])) for s in sides]) == len(
         sides

@@ -9,9 +9,7 @@ import pytest
 
 from advdmd_lightning.shapes.grammar import CATEGORIES, WORDS, captions, evaluation_captions, parse
 
-SIDES = {
-    category: (captions(category, held_out=False), captions(category, held_out=True)) for category in CATEGORIES
-}
+SIDES = {category: (captions(category, held_out=False), captions(category, held_out=True)) for category in CATEGORIES}
 ALL = [caption for sides in SIDES.values() for side in sides for caption in side]
 COUNT = {"single_object": 9, "two_object": 18, "counting": 18, "colors": 36, "position": 72, "color_attr": 216}
 

@@ -119,7 +119,9 @@ def test_transformer_stage_trains_and_resumes(root, vae, transformer):
     settings = [f"--data.init_args.vae={vae}", "--data.init_args.pool=256"]
     pool = vae.with_name("latents-256-2.pt")
     written = pool.stat().st_mtime_ns
-    after = fit("shapes_transformer", root / "transformer", *settings, steps=STEPS + 2)  # the first at the old run's end
+    after = fit(
+        "shapes_transformer", root / "transformer", *settings, steps=STEPS + 2
+    )  # the first at the old run's end
     assert after["global_step"] == STEPS + 2
     assert pool.stat().st_mtime_ns == written  # encoded once
     assert changed(trained, part(after["state_dict"], "network.")) > 0.5
@@ -207,10 +209,8 @@ def test_stream_goes_on_from_a_number():
 def sample(pipeline, steps=2):
     generator = torch.Generator().manual_seed(0)
     captions = ["a red circle on gray", "two squares on black"]
-    return pipeline(
-        captions, num_inference_steps=steps, guidance_scale=2.0, max_sequence_length=0, generator=generator,
-        height=24, width=24, output_type="np",
-    ).images  # fmt: skip
+    size = {"height": 24, "width": 24, "max_sequence_length": 0, "output_type": "np"}
+    return pipeline(captions, num_inference_steps=steps, guidance_scale=2.0, generator=generator, **size).images
 
 
 def load_stock(folder):
