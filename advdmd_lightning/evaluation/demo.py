@@ -55,7 +55,8 @@ def train(recipe: str, overrides: Sequence[str] = ()) -> Student:
     print(f"\n== advdmd fit --config {recipe}", flush=True)
     started = time.perf_counter()
     cli = run(["fit", "--config", recipe, *overrides])
-    gates = [callback for callback in cli.trainer.callbacks if isinstance(callback, GRPOWarmup)]
+    callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]  # put there by one of Lightning's connectors
+    gates = [callback for callback in callbacks if isinstance(callback, GRPOWarmup)]
     return Student(
         recipe=recipe,
         module=cli.model,

@@ -89,8 +89,8 @@ def generate(backbone: Backbone, entrant: Entrant, condition: Condition, noise: 
         if entrant.guidance == 1:
             return backbone.velocity(entrant.network, x_t, t, text)
         both = Condition.cat([text, empty.repeat_interleave(len(x_t))])
-        pair = backbone.velocity(entrant.network, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-        return guided_velocity(*pair.chunk(2), entrant.guidance)
+        cond, uncond = backbone.velocity(entrant.network, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        return guided_velocity(cond, uncond, entrant.guidance)
 
     grid = few_step_grid(entrant.steps, backbone.shift).to(noise.device)
     source = torch.Generator(noise.device).manual_seed(seed)

@@ -82,7 +82,7 @@ def _fit(alpha: Tensor, shape: str, start: Tensor, steps: int) -> tuple[Tensor, 
     """
 
     def draw(p: Tensor) -> Tensor:
-        return coverage(shape, *p.unbind(-1), alpha.shape[-1]).flatten(-2)
+        return coverage(shape, p[..., 0], p[..., 1], p[..., 2], alpha.shape[-1]).flatten(-2)
 
     target, p, shift = alpha.flatten(1), start, 0.1 * torch.eye(3)
     for step in range(steps + 1):

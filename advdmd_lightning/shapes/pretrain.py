@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import argparse
 import copy
+from abc import ABC, abstractmethod
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
@@ -29,8 +31,8 @@ from advdmd_lightning.shapes.stream import draw_batch
 STAGES = ("shapes_vae", "shapes_transformer", "shapes_decoder")
 
 
-class Pretraining(L.LightningModule):
-    """Shared loop of the two stages: one loss, Muon and AdamW, warmup–constant–decay schedule, EMA of the network.
+class Pretraining(L.LightningModule, ABC):
+    """Shared loop of the stages: one loss, Muon and AdamW, warmup–constant–decay schedule, EMA of the network.
 
     Args:
         network: the network to train.
@@ -52,20 +54,20 @@ class Pretraining(L.LightningModule):
         if compile:
             network.compile()
 
+    @abstractmethod
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Return the stage's loss for one batch."""
-        raise NotImplementedError
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Take one step of both optimizers, counted once, then update the average."""
         loss = self.loss(batch)
         self.manual_backward(loss)
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        counted, *others = self.optimizers()
+        counted, *others = cast("list[LightningOptimizer]", self.optimizers())
         for optimizer in (counted, *(o.optimizer for o in others)):
             optimizer.step()
             optimizer.zero_grad()
-        for schedule in self.lr_schedulers():
+        for schedule in cast("list[LambdaLR]", self.lr_schedulers()):
             schedule.step()
         decay = min(self.ema_decay, self.global_step / (10 + self.global_step))
         torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), 1 - decay)
@@ -103,6 +105,8 @@ class AutoencoderPretraining(Pretraining):
         ema_decay: decay of the average that is exported.
         decay_share: share of the run over which the learning rate falls to zero.
     """
+
+    network: AutoencoderKL
 
     def __init__(
         self,
