@@ -9,7 +9,8 @@ Every caption names what must be seen and the background, for example::
     a circle left of a square on black         position
     a red circle and a blue square on white    color_attr
 
-A fixed fifth of the combinations of each category never appears in training; evaluation uses only those.
+A fixed fifth of the combinations of each category never appears in training; evaluation uses only those. Held out is
+the wording: of a held-out position, the mirror image ("a square right of a circle") may be in training.
 """
 
 from __future__ import annotations

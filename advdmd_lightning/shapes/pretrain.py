@@ -64,9 +64,11 @@ class Pretraining(L.LightningModule, ABC):
         self.manual_backward(loss)
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         counted, *others = cast("list[LightningOptimizer]", self.optimizers())
-        for optimizer in (counted, *(o.optimizer for o in others)):
-            optimizer.step()
-            optimizer.zero_grad()
+        counted.step()
+        counted.zero_grad()
+        for other in others:  # past Lightning's wrapper, which would count these steps as global steps
+            other.optimizer.step()
+            other.optimizer.zero_grad()
         for schedule in cast("list[LambdaLR]", self.lr_schedulers()):
             schedule.step()
         decay = min(self.ema_decay, self.global_step / (10 + self.global_step))
