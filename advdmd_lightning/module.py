@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -15,16 +14,17 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 
 from advdmd_lightning.backbones.base import Backbone
 from advdmd_lightning.backbones.roles import Copies, Roles
 from advdmd_lightning.discriminator import Discriminator
 from advdmd_lightning.equations import GRPOLoss, generator_loss
-from advdmd_lightning.flow import Renoising, Transition, few_step_grid
+from advdmd_lightning.flow import Renoising, Transition
 from advdmd_lightning.records import Condition, Trajectory
 from advdmd_lightning.rewards import DiscriminatorReward, Reward, Rollout
 from advdmd_lightning.rollout import simulate, split
+from advdmd_lightning.sampling import FewStepSampling
 from advdmd_lightning.settings import (
     ClipSettings,
     DiscriminatorSettings,
@@ -41,7 +41,7 @@ from advdmd_lightning.updates import (
 )
 
 
-class AdvDMDModule(L.LightningModule):
+class AdvDMDModule(FewStepSampling):
     """Distils a flow-matching text-to-image teacher into a few-step generator: DMD2 and GRPO in one loop.
 
     A batch holds ``image`` (B, 3, H, W) in [-1, 1] and ``caption`` (B strings), or, already encoded, ``latents``
@@ -75,10 +75,7 @@ class AdvDMDModule(L.LightningModule):
     Attributes:
         grpo_gate: share of λ_grpo in force, set by callbacks before a cycle; 0 closes the gate.
         last_metrics: what the last cycle logged.
-        sampling_network: network that ``sample`` uses instead of the generator's; see ``sample_from``.
     """
-
-    grid: Tensor
 
     def __init__(
         self,
@@ -101,34 +98,28 @@ class AdvDMDModule(L.LightningModule):
         metrics: Mapping[str, Metric] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(backbone, num_steps, transition, metrics, seed)
         self.automatic_optimization = False
-        self.backbone = backbone
-        self.transition = transition
         self.distillation, self.grpo, self.guidance = distillation, grpo, guidance
-        self.adversarial_weight, self.clip, self.seed = discriminator.weight, clip, seed
+        self.adversarial_weight, self.clip = discriminator.weight, clip
         self.rewards = list(rewards) if rewards is not None else [DiscriminatorReward()]
-        grid = few_step_grid(num_steps, backbone.shift)
-        self.register_buffer("grid", grid, persistent=False)
-        self._check_policy(grid)
+        self._check_policy()
         self.roles = roles(backbone)
         blocks = discriminator.blocks or backbone.feature_blocks()
         self.discriminator = Discriminator(blocks, backbone.feature_channels, discriminator.hidden)
         self.critic = critic_of(self.roles, self.discriminator, discriminator.features)
-        self.metrics = MetricCollection(dict(metrics or {}))
         self._make_optimizers = (generator_optimizer, fake_score_optimizer, discriminator_optimizer)
         self._make_schedules = (generator_schedule, fake_score_schedule, discriminator_schedule)
         self.grpo_gate = 1.0
         self.last_metrics: dict[str, float] = {}
-        self.sampling_network: nn.Module | None = None
         self._empty: Condition | None = None
 
-    def _check_policy(self, grid: Tensor) -> None:
-        if self.grpo.weight and not any(self.transition.stochastic_steps(grid)):
+    def _check_policy(self) -> None:
+        if self.grpo.weight and not any(self.transition.stochastic_steps(self.grid)):
             raise ValueError(
                 f"`model.grpo.weight` is {self.grpo.weight}, but `model.transition` = {self.transition} with "
-                f"`model.num_steps` = {len(grid) - 1} has no stochastic step, so there is no policy to train: choose a "
-                "stochastic transition with at least 2 steps, or set the weight to 0"
+                f"`model.num_steps` = {len(self.grid) - 1} has no stochastic step, so there is no policy to train: "
+                "choose a stochastic transition with at least 2 steps, or set the weight to 0"
             )
         if self.grpo.weight and not self.rewards:
             raise ValueError("`model.rewards` is empty while `model.grpo.weight` > 0: name a reward, or set it to 0")
@@ -309,71 +300,6 @@ class AdvDMDModule(L.LightningModule):
         batch_size = 1
         self.log_dict({n: v for n, v in self.last_metrics.items() if n not in shown}, batch_size=batch_size)
         self.log_dict({n: v for n, v in self.last_metrics.items() if n in shown}, prog_bar=True, batch_size=batch_size)
-
-    # ------------------------------------------------------------------ sampling and evaluation
-
-    def sample_from(self, network: nn.Module | None) -> None:
-        """Let ``sample`` use this network, an average of the generator for instance; None = the generator's own.
-
-        It is only referred to: an ordinary assignment would register it, and checkpoints would contain it.
-        """
-        object.__setattr__(self, "sampling_network", network)
-
-    @torch.no_grad()
-    def sample(
-        self, captions: Sequence[str], noise: Tensor | None = None, seed: int = 0, num_steps: int | None = None
-    ) -> Tensor:
-        """Generate one image per caption with the few-step generator.
-
-        Args:
-            captions: B captions.
-            noise: (B, C, h, w) initial noise; drawn from ``seed`` if not given.
-            seed: seed of the initial noise and of the steps' noise.
-            num_steps: steps of the grid; by default those of the training.
-
-        Returns:
-            (B, 3, H, W) images in [-1, 1].
-        """
-        source = torch.Generator(self.device).manual_seed(seed)
-        if noise is None:
-            noise = torch.randn((len(captions), *self.backbone.latent_shape), generator=source, device=self.device)
-        grid = self.grid if num_steps is None else few_step_grid(num_steps, self.backbone.shift).to(self.device)
-        network = self.generator if self.sampling_network is None else self.sampling_network.to(self.device)
-        trajectory = simulate(
-            lambda x_t, t, condition: self.backbone.velocity(network, x_t, t, condition),
-            self.transition,
-            grid,
-            self.backbone.encode_text(captions),
-            noise.to(self.device),
-            source,
-        )
-        return self.backbone.decode(trajectory.x0)
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Sample the batch's captions and update the metrics."""
-        self.metrics.update(self.predict_step(batch, batch_idx), batch["caption"])
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics."""
-        self._log_metrics("val")
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """As in validation."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics."""
-        self._log_metrics("test")
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return images (B, 3, H, W) in [-1, 1] of the batch's captions, from noise fixed by the batch's number."""
-        number = batch_idx * self.trainer.world_size + self.global_rank
-        return self.sample(batch["caption"], seed=(self.seed + 1) * 1_000_003 + number)
-
-    def _log_metrics(self, stage: str) -> None:
-        for name, value in self.metrics.compute().items():
-            self.log(f"{stage}/{name}", value, sync_dist=False)
-        self.metrics.reset()
 
     # ------------------------------------------------------------------ optimizers
 

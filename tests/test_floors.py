@@ -31,6 +31,7 @@ FLOORS = {
     "rollout": 2,
     "data": 3,
     "updates": 3,
+    "sampling": 3,
     "evaluation": 3,
     "module": 4,
     "export": 5,

@@ -1,0 +1,116 @@
+"""Sampling and evaluation: what the distilled generator does once it is trained, and in validation before."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from advdmd_lightning.backbones.base import Backbone
+from advdmd_lightning.flow import Transition, few_step_grid
+from advdmd_lightning.rollout import simulate
+
+
+class FewStepSampling(L.LightningModule, ABC):
+    """The part of a LightningModule that samples a few-step generator and measures it.
+
+    Args:
+        backbone: the model family and its pretrained pipeline.
+        num_steps: K, steps of the generator.
+        transition: the step between two times of the grid.
+        metrics: metrics of validation and test, each updated with ``(images, captions)``.
+        seed: seed of the evaluation's noise.
+
+    Attributes:
+        grid: (K + 1,) times from 1 to 0, trailing and shifted.
+        sampling_network: network that ``sample`` uses instead of the generator's; see ``sample_from``.
+    """
+
+    grid: Tensor
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_steps: int,
+        transition: Transition,
+        metrics: Mapping[str, Metric] | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.transition, self.seed = backbone, transition, seed
+        self.register_buffer("grid", few_step_grid(num_steps, backbone.shift), persistent=False)
+        self.metrics = MetricCollection(dict(metrics or {}))
+        self.sampling_network: nn.Module | None = None
+
+    @property
+    @abstractmethod
+    def generator(self) -> nn.Module:
+        """The generator's network."""
+
+    def sample_from(self, network: nn.Module | None) -> None:
+        """Let ``sample`` use this network, an average of the generator for instance; None = the generator's own.
+
+        It is only referred to: an ordinary assignment would register it, and checkpoints would contain it.
+        """
+        object.__setattr__(self, "sampling_network", network)
+
+    @torch.no_grad()
+    def sample(
+        self, captions: Sequence[str], noise: Tensor | None = None, seed: int = 0, num_steps: int | None = None
+    ) -> Tensor:
+        """Generate one image per caption with the few-step generator.
+
+        Args:
+            captions: B captions.
+            noise: (B, C, h, w) initial noise; drawn from ``seed`` if not given.
+            seed: seed of the initial noise and of the steps' noise.
+            num_steps: steps of the grid; by default those of the training.
+
+        Returns:
+            (B, 3, H, W) images in [-1, 1].
+        """
+        source = torch.Generator(self.device).manual_seed(seed)
+        if noise is None:
+            noise = torch.randn((len(captions), *self.backbone.latent_shape), generator=source, device=self.device)
+        grid = self.grid if num_steps is None else few_step_grid(num_steps, self.backbone.shift).to(self.device)
+        network = self.generator if self.sampling_network is None else self.sampling_network.to(self.device)
+        trajectory = simulate(
+            lambda x_t, t, condition: self.backbone.velocity(network, x_t, t, condition),
+            self.transition,
+            grid,
+            self.backbone.encode_text(captions),
+            noise.to(self.device),
+            source,
+        )
+        return self.backbone.decode(trajectory.x0)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Sample the batch's captions and update the metrics."""
+        self.metrics.update(self.predict_step(batch, batch_idx), batch["caption"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics."""
+        self._log_metrics("val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """As in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics."""
+        self._log_metrics("test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return images (B, 3, H, W) in [-1, 1] of the batch's captions, from noise fixed by the batch's number."""
+        number = batch_idx * self.trainer.world_size + self.global_rank
+        return self.sample(batch["caption"], seed=(self.seed + 1) * 1_000_003 + number)
+
+    def _log_metrics(self, stage: str) -> None:
+        for name, value in self.metrics.compute().items():
+            self.log(f"{stage}/{name}", value, sync_dist=False)
+        self.metrics.reset()
