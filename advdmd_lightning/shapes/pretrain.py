@@ -1,7 +1,7 @@
 """How the embedded teacher was made: autoencoder, velocity network, sharper decoder, each an ordinary Lightning fit.
 
-``make teacher`` runs ``python -m advdmd_lightning.shapes.pretrain``: the stages ``configs/shapes_vae.yaml``,
-``configs/shapes_transformer.yaml`` and ``configs/shapes_decoder.yaml``, resuming by itself, then the pipeline folder.
+``make teacher`` runs ``python -m advdmd_lightning.shapes.pretrain``: the stages ``vae``, ``transformer`` and
+``decoder`` of ``configs/teacher/``, each resuming by itself, then the pipeline folder.
 Muon steps the weight matrices of the blocks, AdamW the rest.
 """
 
@@ -28,7 +28,7 @@ from tqdm import trange
 from advdmd_lightning.shapes import components
 from advdmd_lightning.shapes.stream import draw_batch
 
-STAGES = ("shapes_vae", "shapes_transformer", "shapes_decoder")
+STAGES = ("vae", "transformer", "decoder")
 
 
 class Pretraining(L.LightningModule, ABC):
@@ -312,9 +312,9 @@ def export(vae: str, transformer: str, out: str | Path) -> None:
     build_pipeline(load_vae(vae), network).save_pretrained(out)
 
 
-def fit(recipe: str, *overrides: str) -> None:
+def fit(stage: str, *overrides: str) -> None:
     """Run one stage from its packaged recipe, from its last checkpoint if there is one."""
-    with as_file(files("advdmd_lightning.configs") / f"{recipe}.yaml") as config:
+    with as_file(files("advdmd_lightning.configs") / "teacher" / f"{stage}.yaml") as config:
         cli = LightningCLI(args=["--config", str(config), *overrides], run=False, save_config_callback=None)
     checkpoint = Path(cli.trainer.default_root_dir, "last.ckpt")
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint if checkpoint.exists() else None)

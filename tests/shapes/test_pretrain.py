@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 
@@ -55,21 +56,21 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def vae(root):
     """Checkpoint of stage 1."""
-    fit("shapes_vae", root / "vae")
+    fit("vae", root / "vae")
     return root / "vae" / "last.ckpt"
 
 
 @pytest.fixture(scope="module")
 def transformer(root, vae):
     """Checkpoint of stage 2."""
-    fit("shapes_transformer", root / "transformer", f"--data.init_args.vae={vae}", "--data.init_args.pool=256")
+    fit("transformer", root / "transformer", f"--data.init_args.vae={vae}", "--data.init_args.pool=256")
     return root / "transformer" / "last.ckpt"
 
 
 @pytest.fixture(scope="module")
 def decoder(root, vae):
     """Checkpoint of stage 3."""
-    fit("shapes_decoder", root / "decoder", f"--model.init_args.encoder={vae}")
+    fit("decoder", root / "decoder", f"--model.init_args.encoder={vae}")
     return root / "decoder" / "last.ckpt"
 
 
@@ -91,7 +92,9 @@ def changed(before, after):
 
 
 def test_stages_have_recipes():
-    assert set(pretrain.STAGES) <= set(recipe_names())
+    folder = files("advdmd_lightning.configs") / "teacher"
+    assert {path.name for path in folder.iterdir()} == {f"{stage}.yaml" for stage in pretrain.STAGES}
+    assert not set(pretrain.STAGES) & set(recipe_names())  # these are not recipes of the `advdmd` command
 
 
 def test_autoencoder_stage_trains_and_resumes(root, vae):
@@ -103,7 +106,7 @@ def test_autoencoder_stage_trains_and_resumes(root, vae):
     make = pretrain.ShapesImages.make
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain.ShapesImages, "make", lambda self, index: seen.append(index) or make(self, index))
-        after = fit("shapes_vae", root / "vae", steps=STEPS + 2)
+        after = fit("vae", root / "vae", steps=STEPS + 2)
     assert after["global_step"] == STEPS + 2
     assert seen[:2] == [STEPS, STEPS + 1]
     assert changed(part(before["state_dict"], "network."), part(after["state_dict"], "network.")) > 0.9
@@ -119,9 +122,7 @@ def test_transformer_stage_trains_and_resumes(root, vae, transformer):
     settings = [f"--data.init_args.vae={vae}", "--data.init_args.pool=256"]
     pool = vae.with_name("latents-256-2.pt")
     written = pool.stat().st_mtime_ns
-    after = fit(
-        "shapes_transformer", root / "transformer", *settings, steps=STEPS + 2
-    )  # the first at the old run's end
+    after = fit("transformer", root / "transformer", *settings, steps=STEPS + 2)  # the first at the old run's end
     assert after["global_step"] == STEPS + 2
     assert pool.stat().st_mtime_ns == written  # encoded once
     assert changed(trained, part(after["state_dict"], "network.")) > 0.5
@@ -248,9 +249,9 @@ def test_main_runs_the_stages_in_order_with_overrides_then_exports(monkeypatch):
     pretrain.main()
     assert calls == [*((stage, "--trainer.devices=1") for stage in pretrain.STAGES), ("export", "here")]
     calls.clear()
-    monkeypatch.setattr(sys, "argv", ["pretrain", "--stage", "shapes_vae"])
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--stage", "vae"])
     pretrain.main()
-    assert calls == [("shapes_vae",)]
+    assert calls == [("vae",)]
 
 
 # ---------------------------------------------------------------- the teacher in the package
@@ -262,9 +263,9 @@ def shipped():
 
 
 def test_shipped_teacher_is_small(shipped):
-    files = [path for path in shipped.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 12e6
-    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}  # nothing that has to be unpickled
+    parts = [path for path in shipped.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in parts) <= 12e6
+    assert {path.suffix for path in parts} <= {".json", ".safetensors", ".txt"}  # nothing that has to be unpickled
 
 
 def test_stock_diffusers_loads_and_samples_the_shipped_teacher(shipped):
