@@ -21,8 +21,8 @@ from torchmetrics import Metric
 from advdmd_lightning.shapes.grammar import BACKGROUNDS, CATEGORIES, COLORS, SHAPES, Caption, parse
 from advdmd_lightning.shapes.render import BACKGROUND_LEVEL, CELL, COLOR_RGB, SPECKLE, Thing, coverage, related
 
-TEMPLATE_ERROR = 0.15
-SPECKLE_CONTRAST = 0.55
+TEMPLATE_ERROR = 0.22
+SPECKLE_CONTRAST = 0.75
 MIN_PIXELS = 4
 _RGB = torch.tensor([COLOR_RGB[c] for c in COLORS])
 _CHROMA = _RGB - _RGB.mean(1, keepdim=True)

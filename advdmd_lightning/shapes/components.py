@@ -50,8 +50,15 @@ def build_tokenizer() -> CLIPTokenizer:
         )
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModelWithProjection:
-    """Build a frozen random CLIP text encoder with weights of order one, so that words stay far apart."""
+def build_text_encoder(tokenizer: CLIPTokenizer, seed: int, mixing: float) -> CLIPTextModelWithProjection:
+    """Build a frozen random CLIP text encoder.
+
+    Args:
+        tokenizer: its tokenizer.
+        seed: seed of the weights.
+        mixing: size of the weights, which mix each token with those before it: 1 gives pooled embeddings that tell
+            captions apart, near 0 gives tokens that stay the words that they are.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = CLIPTextModelWithProjection(
@@ -72,7 +79,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModelWith
             if "embedding" in name:
                 torch.nn.init.normal_(weight, std=1.0 if "token" in name else 0.5)
             elif weight.ndim == 2:
-                torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+                torch.nn.init.normal_(weight, std=mixing * weight.shape[1] ** -0.5)
     return encoder.requires_grad_(False).eval()
 
 

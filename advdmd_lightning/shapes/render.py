@@ -25,7 +25,7 @@ COLOR_RGB = {
     "yellow": (0.96, 0.80, 0.12),
 }
 BACKGROUND_LEVEL = {"black": 0.12, "gray": 0.50, "white": 0.88}
-RADIUS_RANGE = {1: (4.0, 6.5), 2: (3.2, 4.6), 3: (2.8, 3.6)}
+RADIUS_RANGE = {1: (4.0, 6.5), 2: (3.6, 4.8), 3: (3.1, 3.8)}
 _GAP, _MARGIN = 2.0, 1.0
 _SQUARE, _TRIANGLE = np.sqrt(np.pi) / 2, np.sqrt(np.pi / (3 * np.sqrt(3)))  # half side, inradius: the circle's area
 

@@ -71,7 +71,7 @@ def embed(encoder, tokenizer, texts):
 
 def test_text_encoders_follow_from_their_seed(tokenizer):
     before = torch.get_rng_state()
-    first, again, other = (components.build_text_encoder(tokenizer, seed) for seed in (1, 1, 2))
+    first, again, other = (components.build_text_encoder(tokenizer, seed, mixing=1.0) for seed in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())  # the global generator is not theirs
     assert not first.training
     assert not any(weight.requires_grad for weight in first.parameters())
@@ -82,7 +82,7 @@ def test_text_encoders_follow_from_their_seed(tokenizer):
 
 def test_captions_stay_far_apart(tokenizer):
     """No two captions of the grammar look alike to the network, neither per token nor pooled."""
-    states, pooled = embed(components.build_text_encoder(tokenizer, 1), tokenizer, ["", *CAPTIONS])
+    states, pooled = embed(components.build_text_encoder(tokenizer, 1, mixing=1.0), tokenizer, ["", *CAPTIONS])
     for values in (states.flatten(1), pooled):
         distance = torch.cdist(values, values) + 1e9 * torch.eye(len(values))
         assert float(distance.min()) > 0.05 * float(values.norm(dim=1).mean())
@@ -102,7 +102,7 @@ def test_autoencoder_has_sd3_form():
 def test_transformer_starts_from_zero_and_fits_the_text(tokenizer):
     transformer = components.build_transformer()
     x = torch.randn(2, components.LATENT_CHANNELS, 6, 6)
-    encoders = [components.build_text_encoder(tokenizer, seed) for seed in (1, 2)]
+    encoders = [components.build_text_encoder(tokenizer, seed, mixing=1.0) for seed in (1, 2)]
     states, pooled = zip(*(embed(encoder, tokenizer, CAPTIONS[:2]) for encoder in encoders), strict=True)
     arguments = {
         "hidden_states": x,

@@ -138,6 +138,31 @@ def test_decoder_stage_leaves_the_encoder_alone(vae, decoder):
     assert scale[0] == scale[1]
 
 
+def test_principal_components_are_those_of_the_patches():
+    """Against a singular value decomposition of the patches, up to sign."""
+    images = draw_batch(64, seed=4, index=0)["image"].double()
+    kernel = pretrain.principal_components(images, patch=4, count=5).flatten(1)
+    patches = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+    expected = torch.linalg.svd(patches, full_matrices=False).Vh[:5]
+    assert torch.allclose((kernel @ expected.mT).abs(), torch.eye(5).double(), atol=1e-6)
+
+
+def test_autoencoder_loss_is_least_at_the_principal_components(vae):
+    """The KL divergence of two Gaussians from torch.distributions, and the squared error, add up to the loss."""
+    module = pretrain.AutoencoderPretraining(kl_weight=0.5, prior_std=0.2)
+    image = draw_batch(8, seed=5, index=0)["image"]
+    with torch.no_grad():
+        posterior = module.network.encode(image).latent_dist
+        center = torch.nn.functional.conv2d(image, module.kernel, stride=4)
+        normal = torch.distributions.Normal
+        kl = torch.distributions.kl_divergence(normal(posterior.mean, posterior.std), normal(center, 0.2)).mean()
+        torch.manual_seed(0)
+        error = (module.network.decode(posterior.sample()).sample - image).square().mean()
+        torch.manual_seed(0)
+        module.log_dict = lambda *_, **__: None  # outside a Trainer there is no logger
+        assert float(module.loss({"image": image})) == pytest.approx(float(error + 0.5 * kl), rel=1e-4)
+
+
 def test_load_vae_standardises_the_latents(vae):
     """On images that it has not measured."""
     network = pretrain.load_vae(str(vae))
@@ -280,7 +305,7 @@ def test_shipped_text_parts_are_those_of_the_code(shipped):
     pipeline = load_stock(shipped)
     tokenizer = components.build_tokenizer()
     assert pipeline.tokenizer.get_vocab() == pipeline.tokenizer_2.get_vocab() == tokenizer.get_vocab()
-    for seed, encoder in ((1, pipeline.text_encoder), (2, pipeline.text_encoder_2)):
-        built, found = components.build_text_encoder(tokenizer, seed).state_dict(), encoder.state_dict()
+    for seed, mixing, encoder in ((1, 1.0, pipeline.text_encoder), (2, 0.2, pipeline.text_encoder_2)):
+        built, found = components.build_text_encoder(tokenizer, seed, mixing).state_dict(), encoder.state_dict()
         assert built.keys() == found.keys()
         assert all(torch.allclose(built[name], found[name], atol=1e-5) for name in built)
