@@ -27,7 +27,7 @@ from advdmd_lightning.module import AdvDMDModule
 from advdmd_lightning.shapes.checker import ShapesScore
 from advdmd_lightning.shapes.grammar import CATEGORIES, evaluation_captions
 
-TEACHER_GUIDANCE = 3.5
+TEACHER_GUIDANCE = 3.0
 STUDENTS = {"shapes_4step": 4, "shapes_2step": 2}
 
 

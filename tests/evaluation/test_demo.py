@@ -37,6 +37,7 @@ def finished(untrained_folder, tmp_path_factory):
         "model.grpo.groups": 2,
         "model.grpo.group_size": 2,
         "model.guidance.updates": 1,
+        "model.discriminator.blocks": "[0]",
         "data.batch_size": 4,
         "trainer.max_steps": 3,
         "trainer.enable_progress_bar": "false",
