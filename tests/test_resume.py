@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,3 +82,46 @@ def test_a_lost_part_of_the_state_would_be_noticed(tmp_path):
     torch.save(half, tmp_path / "spoiled.ckpt")
     spoiled, _ = run(tmp_path, "resumed", 0, 16, tmp_path / "spoiled.ckpt", cycles=2)
     assert any("fake_score" in place for place in differences(straight["state_dict"], spoiled["state_dict"], ""))
+
+
+def advdmd(folder, *words):
+    """A process of its own, as a user starts it; what it printed."""
+    small = ["--data.batch_size=4", "--model.grpo.groups=2", "--model.grpo.group_size=4"]
+    quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    subcommand, *overrides = words
+    recipe = ["--config=shapes_4step", *small, *quiet]  # first: what comes later overrides it
+    command = [sys.executable, "-m", "advdmd_lightning", subcommand, *recipe, *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_recipe_resumes_by_the_command_line(tmp_path):
+    """Processes that save, resume and validate: the last checkpoint is bitwise that of one uninterrupted run."""
+    gate = {"class_path": "advdmd_lightning.callbacks.GRPOWarmup", "init_args": {"start": 1, "every": 2, "ramp": 3}}
+    average = {"class_path": "advdmd_lightning.callbacks.GeneratorEMA", "init_args": {"decay": 0.9}}
+    for name in ("straight", "resumed"):
+        keep = {"dirpath": name, "filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1}
+        save = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": keep}
+        callbacks = f"--trainer.callbacks={json.dumps([gate, average, save])}"
+        if name == "straight":
+            advdmd(tmp_path, "fit", callbacks, "--trainer.max_steps=4")
+        else:
+            advdmd(tmp_path, "fit", callbacks, "--trainer.max_steps=2")
+            advdmd(tmp_path, "fit", callbacks, "--trainer.max_steps=4", f"--ckpt_path={name}/step=2.ckpt")
+    straight, resumed = (
+        torch.load(tmp_path / name / "step=4.ckpt", weights_only=False) for name in ("straight", "resumed")
+    )
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+        assert differences(straight[key], resumed[key], key) == []
+    states = [
+        {key: state for key, state in saved["callbacks"].items() if "ModelCheckpoint" not in key}
+        for saved in (straight, resumed)
+    ]
+    assert len(states[0]) == 2
+    assert differences(*states, "callbacks") == []
+    few = "--data.validation.init_args.per_category=1"
+    printed = advdmd(tmp_path, "validate", callbacks, few, "--ckpt_path=straight/step=4.ckpt")
+    assert "val/overall" in printed

@@ -1,7 +1,7 @@
-"""How the embedded teacher was made: autoencoder, velocity network, sharper decoder, each an ordinary Lightning fit.
+"""How the embedded teacher was made: its autoencoder, then its velocity network, each an ordinary Lightning fit.
 
-``make teacher`` runs ``python -m advdmd_lightning.shapes.pretrain``: the stages ``vae``, ``transformer`` and
-``decoder`` of ``configs/teacher/``, each resuming by itself, then the pipeline folder.
+``make teacher`` runs ``python -m advdmd_lightning.shapes.pretrain``: the stages ``vae`` and ``transformer`` of
+``configs/teacher/``, each resuming by itself, then the pipeline folder.
 Muon steps the weight matrices of the blocks, AdamW the rest.
 """
 
@@ -29,7 +29,7 @@ from tqdm import trange
 from advdmd_lightning.shapes import components
 from advdmd_lightning.shapes.stream import draw_batch
 
-STAGES = ("vae", "transformer", "decoder")
+STAGES = ("vae", "transformer")
 
 
 class Pretraining(L.LightningModule, ABC):
@@ -56,12 +56,12 @@ class Pretraining(L.LightningModule, ABC):
             network.compile()
 
     @abstractmethod
-    def loss(self, batch: dict[str, Any]) -> Tensor:
+    def loss(self, batch: dict[str, Any], noise_source: torch.Generator) -> Tensor:
         """Return the stage's loss for one batch."""
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Take one step of both optimizers, counted once, then update the average."""
-        loss = self.loss(batch)
+        loss = self.loss(batch, torch.Generator(self.device).manual_seed(self.global_step))  # the same after a resume
         self.manual_backward(loss)
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         counted, *others = cast("list[LightningOptimizer]", self.optimizers())
@@ -115,7 +115,7 @@ def principal_components(images: Tensor, patch: int, count: int) -> Tensor:
 
 
 class AutoencoderPretraining(Pretraining):
-    """Stage 1: the autoencoder; stage 3: its decoder alone.
+    """Stage 1: the autoencoder.
 
     Squared error, and a KL divergence to a prior around the principal components of 4×4 patches. So latents keep the
     spectrum of pixels, large shapes large and fine detail small, and the velocity network learns shapes first.
@@ -123,7 +123,6 @@ class AutoencoderPretraining(Pretraining):
     Args:
         kl_weight: weight of the KL divergence (nats per latent value) against the squared error per pixel.
         prior_std: standard deviation of the prior around the principal components, in pixel units.
-        encoder: checkpoint of stage 1 to go on from with the encoder frozen, so that latents stay what they are.
         lr: learning rate.
         ema_decay: decay of the average that is exported.
         decay_share: share of the run over which the learning rate falls to zero.
@@ -136,23 +135,20 @@ class AutoencoderPretraining(Pretraining):
         self,
         kl_weight: float = 5e-5,
         prior_std: float = 0.03,
-        encoder: str | None = None,
         lr: float = 2e-3,
         ema_decay: float = 0.995,
         decay_share: float = 0.6,
     ) -> None:
-        network = components.build_vae() if encoder is None else load_vae(encoder)
-        network.decoder.requires_grad_(True)
-        super().__init__(network, lr, lr, ema_decay, decay_share, compile=False)
+        super().__init__(components.build_vae(), lr, lr, ema_decay, decay_share, compile=False)
         self.kl_weight, self.prior_std = kl_weight, prior_std
         kernel = principal_components(draw_batch(2048, seed=0, index=0)["image"], 4, components.LATENT_CHANNELS)
         self.register_buffer("kernel", kernel)
 
-    def loss(self, batch: dict[str, Any]) -> Tensor:
+    def loss(self, batch: dict[str, Any], noise_source: torch.Generator) -> Tensor:
         """Squared error plus weighted KL of a batch with key ``image``."""
         image = batch["image"]
         posterior = self.network.encode(image).latent_dist
-        error = F.mse_loss(self.network.decode(posterior.sample()).sample, image)
+        error = F.mse_loss(self.network.decode(posterior.sample(noise_source)).sample, image)
         shift = (posterior.mean - F.conv2d(image, self.kernel, stride=4)) / self.prior_std
         log_ratio = posterior.logvar - 2 * math.log(self.prior_std)
         kl = 0.5 * (shift.square() + log_ratio.exp() - log_ratio - 1).mean()
@@ -188,14 +184,15 @@ class FlowMatchingPretraining(Pretraining):
         super().__init__(components.build_transformer(), lr, muon_lr, ema_decay, decay_share, compile)
         self.caption_dropout, self.time_mean, self.time_std = caption_dropout, time_mean, time_std
 
-    def loss(self, batch: dict[str, Any]) -> Tensor:
+    def loss(self, batch: dict[str, Any], noise_source: torch.Generator) -> Tensor:
         """Flow-matching loss of a batch of :class:`ShapesLatents`."""
         x0 = batch["latents"]
-        dropped = torch.rand(len(x0), device=x0.device) < self.caption_dropout
+        source: Any = {"generator": noise_source, "device": x0.device}
+        dropped = torch.rand(len(x0), **source) < self.caption_dropout
         embeds = torch.where(dropped[:, None, None], batch["empty_embeds"], batch["embeds"])
         pooled = torch.where(dropped[:, None], batch["empty_pooled"], batch["pooled"])
-        t = torch.sigmoid(self.time_mean + self.time_std * torch.randn(len(x0), device=x0.device))
-        noise = torch.randn_like(x0)
+        t = torch.sigmoid(self.time_mean + self.time_std * torch.randn(len(x0), **source))
+        noise = torch.randn(x0.shape, **source)
         velocity = self.network(
             hidden_states=torch.lerp(x0, noise, t[:, None, None, None]),
             encoder_hidden_states=embeds,
@@ -296,7 +293,7 @@ class ShapesLatents(ShapesImages):
         }
 
 
-def load_vae(checkpoint: str) -> AutoencoderKL:
+def load_vae(checkpoint: str | Path) -> AutoencoderKL:
     """Build the autoencoder of a stage-1 checkpoint, with the shift and scale that make its latents standard."""
     vae = components.build_vae().eval().requires_grad_(False)
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
@@ -325,7 +322,7 @@ def build_pipeline(vae: AutoencoderKL, transformer: nn.Module) -> StableDiffusio
     )
 
 
-def export(vae: str, transformer: str, out: str | Path) -> None:
+def export(vae: str | Path, transformer: str | Path, out: str | Path) -> None:
     """Write the pipeline folder from the checkpoints of the two stages, with averaged weights.
 
     Args:
@@ -339,25 +336,44 @@ def export(vae: str, transformer: str, out: str | Path) -> None:
     build_pipeline(load_vae(vae), network).save_pretrained(out)
 
 
-def fit(stage: str, *overrides: str) -> None:
-    """Run one stage from its packaged recipe, from its last checkpoint if there is one."""
+def fit(stage: str, root: str | Path, *overrides: str) -> Path:
+    """Run one stage from its packaged recipe, from its last checkpoint if there is one.
+
+    Args:
+        stage: one of :data:`STAGES`.
+        root: folder of all stages; this one works in ``root/stage``.
+        overrides: further words of the command line, such as ``--trainer.max_steps=100``.
+
+    Returns:
+        The stage's last checkpoint.
+    """
+    folder = Path(root, stage)
+    checkpoint = folder / "last.ckpt"
+    places = [
+        f"--trainer.default_root_dir={folder}",
+        f"--trainer.callbacks.init_args.dirpath={folder}",
+        f"--trainer.logger.init_args.save_dir={folder}",
+    ]
+    if stage == "transformer":
+        places.append(f"--data.init_args.vae={Path(root, 'vae', 'last.ckpt')}")
     with as_file(files("advdmd_lightning.configs") / "teacher" / f"{stage}.yaml") as config:
-        cli = LightningCLI(args=["--config", str(config), *overrides], run=False, save_config_callback=None)
-    checkpoint = Path(cli.trainer.default_root_dir, "last.ckpt")
+        words = ["--config", str(config), *places, *overrides]
+        cli = LightningCLI(args=words, run=False, save_config_callback=None)
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint if checkpoint.exists() else None)
+    return checkpoint
 
 
 def main() -> None:
-    """Make the teacher: the three stages, each from its last checkpoint if there is one, then the folder."""
+    """Make the teacher: both stages, each from its last checkpoint if there is one, then the pipeline folder."""
     parser = argparse.ArgumentParser(prog="python -m advdmd_lightning.shapes.pretrain", description=main.__doc__)
-    parser.add_argument("--out", default="runs/teacher/pipeline", help="pipeline folder to write")
+    parser.add_argument("--root", type=Path, default="runs/teacher", help="folder of checkpoints, logs, pipeline")
     parser.add_argument("--stage", choices=(*STAGES, "export"), help="run this stage alone")
     arguments, overrides = parser.parse_known_args()
     for stage in STAGES:
         if arguments.stage in (None, stage):
-            fit(stage, *overrides)
+            fit(stage, arguments.root, *overrides)
     if arguments.stage in (None, "export"):
-        export("runs/teacher/decoder/last.ckpt", "runs/teacher/transformer/last.ckpt", arguments.out)
+        export(*(arguments.root / stage / "last.ckpt" for stage in STAGES), arguments.root / "pipeline")
 
 
 if __name__ == "__main__":
