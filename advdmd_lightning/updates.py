@@ -121,13 +121,15 @@ def guidance_loss(
     velocity, renoised = _velocity_and_features(roles.fake_score, critic, x_t, t, condition)
     step = _draw_steps(1, trajectory.num_steps, len(x0), x0, generator)
     states, levels = _states_at(trajectory, step), trajectory.times[step]
-    with torch.no_grad():
-        at_levels = critic.features(states, levels, condition)
-        real_renoised = critic.features(add_noise(real, noise, t), t, real_condition)
-        real_states = add_noise(real, _noise_like(real, generator), levels)
-        real_at_levels = critic.features(real_states, levels, real_condition)
-    fake_logits = critic.heads([torch.cat(maps).detach() for maps in zip(renoised, at_levels, strict=True)])
-    real_logits = critic.heads([torch.cat(maps) for maps in zip(real_renoised, real_at_levels, strict=True)])
+    with torch.no_grad():  # one pass for what is generated, at its own levels, and for the real latents at both
+        maps = critic.features(
+            torch.cat([states, add_noise(real, noise, t), add_noise(real, _noise_like(real, generator), levels)]),
+            torch.cat([levels, t, levels]),
+            Condition.cat([condition, real_condition, real_condition]),
+        )
+    count = len(x0)
+    fake_logits = critic.heads([torch.cat([near.detach(), m[:count]]) for near, m in zip(renoised, maps, strict=True)])
+    real_logits = critic.heads([m[count:] for m in maps])
     return GuidanceLoss(
         fake_score=fake_score_loss(velocity, x0, noise),
         discriminator=discriminator_loss(real_logits, fake_logits),

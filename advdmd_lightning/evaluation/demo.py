@@ -78,7 +78,7 @@ def teachers(network: torch.nn.Module, guidance: float) -> list[Entrant]:
 
 def table(rows: Sequence[Score]) -> str:
     """Return the scores as a Markdown table."""
-    names = ["overall", *CATEGORIES]
+    names = ["overall", *CATEGORIES, "objects"]
     lines = ["| " + " | ".join(["", "steps", "NFE", *names, "seconds"]) + " |", "|---|" + "---:|" * (len(names) + 3)]
     for row in rows:
         cells = [

@@ -188,6 +188,8 @@ def read(image: Tensor) -> list[Reading]:
 class ShapesScore(Metric):
     """Share of images that are correct and crisp, per GenEval category and overall (the mean of the categories).
 
+    ``objects`` says how much of a low score is blur: the same share, crispness aside.
+
     Args:
         template_error: largest template error of a crisp image.
         speckle: smallest contrast of the ground's speckle in a crisp image.
@@ -204,6 +206,7 @@ class ShapesScore(Metric):
     full_state_update = False
     higher_is_better = True
     correct: Tensor
+    matched: Tensor
     total: Tensor
 
     def __init__(
@@ -212,6 +215,7 @@ class ShapesScore(Metric):
         super().__init__(**kwargs)
         self.template_error, self.speckle = template_error, speckle
         self.add_state("correct", torch.zeros(len(CATEGORIES)), dist_reduce_fx="sum")
+        self.add_state("matched", torch.zeros(len(CATEGORIES)), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros(len(CATEGORIES)), dist_reduce_fx="sum")
 
     def update(self, images: Tensor, captions: Sequence[str]) -> None:
@@ -230,11 +234,13 @@ class ShapesScore(Metric):
             caption = parse(text)
             category = CATEGORIES.index(caption.category)
             self.total[category] += 1
-            self.correct[category] += reading.matches(caption) and reading.crisp(self.template_error, self.speckle)
+            matches = reading.matches(caption)
+            self.matched[category] += matches
+            self.correct[category] += matches and reading.crisp(self.template_error, self.speckle)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return ``overall`` and one score per category seen, each in [0, 1]."""
+        """Return ``overall``, one score per category seen, and ``objects``, each in [0, 1]."""
         seen = self.total > 0
-        scores = self.correct / self.total.clamp(min=1)
+        scores, matches = (count / self.total.clamp(min=1) for count in (self.correct, self.matched))
         named = {name: scores[i] for i, name in enumerate(CATEGORIES) if seen[i]}
-        return {"overall": scores[seen].mean(), **named}
+        return {"overall": scores[seen].mean(), **named, "objects": matches[seen].mean()}

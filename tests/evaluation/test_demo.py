@@ -59,7 +59,7 @@ def test_summary(finished):
         assert row.keys() == {"label", "steps", "guidance", "nfe", "images", "seconds", "scores"}
         assert row["images"] == 6
         assert row["seconds"] > 0
-        assert row["scores"].keys() == {"overall", *CATEGORIES}
+        assert row["scores"].keys() == {"overall", *CATEGORIES, "objects"}
         assert all(0 <= score <= 1 for score in row["scores"].values())
     assert summary["teacher_guidance"] == demo.TEACHER_GUIDANCE
     assert summary["seconds"] > sum(row["seconds"] for row in summary["rows"])
@@ -84,11 +84,11 @@ def test_picture(finished):
 
 
 def test_table():
-    scores = {name: 0.5 for name in ("overall", *CATEGORIES)}
+    scores = {name: 0.5 for name in ("overall", *CATEGORIES, "objects")}
     lines = demo.table([Score("teacher", 40, 3.5, 80, 600, 12.4, scores)] * 2).splitlines()
     assert len(lines) == 4
     assert len({line.count("|") for line in lines}) == 1
-    assert lines[2] == "| teacher | 40 | 80 | " + "0.500 | " * 7 + "12 |"
+    assert lines[2] == "| teacher | 40 | 80 | " + "0.500 | " * 8 + "12 |"
 
 
 def test_teachers_are_one_network():

@@ -70,7 +70,7 @@ def noisy(images):
 )
 def test_rendered_images_are_correct(scenes, images, change):
     found = scores(change(images), texts(scenes))
-    assert found.keys() == {"overall", *CATEGORIES}
+    assert found.keys() == {"overall", *CATEGORIES, "objects"}
     assert all(value >= 0.99 for value in found.values()), found
 
 
@@ -115,6 +115,7 @@ def test_colours_that_the_caption_leaves_open_are_free(few):
 def test_strong_blur_fails(scenes, images):
     found = scores(blur(images, 0.8), texts(scenes))
     assert found["overall"] < 0.1
+    assert found.pop("objects") > 0.9  # blurred, but still what the caption says
     assert max(found.values()) < 0.3  # the largest objects of a single colour come through, if any
 
 
@@ -222,6 +223,7 @@ def test_thresholds_are_arguments(few):
     strict = ShapesScore(template_error=0.0)
     strict.update(render(few), texts(few))
     assert strict.compute()["overall"] == 0
+    assert strict.compute()["objects"] == 1  # right, but not crisp enough
     lenient = ShapesScore(template_error=10.0, speckle=0.0)
     lenient.update(render([replace(scene, cells=scene.cells * 0) for scene in few]), texts(few))
     assert lenient.compute()["overall"] == 1
@@ -256,7 +258,7 @@ def test_overall_is_the_mean_of_the_categories_seen(few):
     colors = [scene for scene in few if scene.caption.category == "colors"]
     blank = torch.zeros(10, 3, 24, 24)
     found = scores(torch.cat([render(singles), blank[:2]]), texts([*singles, *colors[:2]]))
-    assert found == {"overall": 0.5, "single_object": 1.0, "colors": 0.0}
+    assert found == {"overall": 0.5, "single_object": 1.0, "colors": 0.0, "objects": 0.5}
 
 
 def test_ranks_are_summed(few):
@@ -264,7 +266,7 @@ def test_ranks_are_summed(few):
     whole, partner = ShapesScore(), ShapesScore()
     whole.update(images, captions)
     partner.update(images[40:], captions[40:])
-    states = iter([partner.correct, partner.total])
+    states = iter([partner.correct, partner.matched, partner.total])
     ours = ShapesScore(
         distributed_available_fn=lambda: True, dist_sync_fn=lambda state, group=None: [state, next(states)]
     )
