@@ -289,8 +289,9 @@ class AdvDMDModule(FewStepSampling):
     def _check_finite(self, role: str, what: str, value: Tensor) -> None:
         if not torch.isfinite(value):
             raise RuntimeError(
-                f"{what} of the {role} is {float(value)} at generator update {self.global_step}; no optimizer has "
-                "moved in this update. Resume from the last checkpoint with a lower learning rate or clip norm"
+                f"{what} of the {role} is {float(value)} at generator update {self.global_step}; the {role}'s "
+                "optimizer has not taken the step. Resume from the last checkpoint with a lower learning rate or clip "
+                "norm"
             )
 
     def _report(self, metrics: Mapping[str, Tensor], samples_per_second: float) -> None:

@@ -128,8 +128,8 @@ def guidance_loss(
             Condition.cat([condition, real_condition, real_condition]),
         )
     count = len(x0)
-    fake_logits = critic.heads([torch.cat([near.detach(), m[:count]]) for near, m in zip(renoised, maps, strict=True)])
-    real_logits = critic.heads([m[count:] for m in maps])
+    fake_maps = [torch.cat([a.detach(), b[:count]]) for a, b in zip(renoised, maps, strict=True)]
+    fake_logits, real_logits = critic.heads(fake_maps), critic.heads([each[count:] for each in maps])
     return GuidanceLoss(
         fake_score=fake_score_loss(velocity, x0, noise),
         discriminator=discriminator_loss(real_logits, fake_logits),

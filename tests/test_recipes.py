@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from advdmd_lightning import recipes
 
@@ -43,6 +44,16 @@ def test_what_is_no_name_is_left_to_the_parser(folder, value):
 def test_unknown_name_lists_the_recipes(folder, name):
     with pytest.raises(ValueError, match="no packaged recipe of that name. Recipes: one, two."):
         recipes.resolve_config(name)
+
+
+@pytest.mark.parametrize("name", recipes.recipe_names())
+def test_schedules_last_as_long_as_the_run_and_grpo_reaches_its_full_weight(name):
+    recipe = yaml.safe_load(recipes.find_recipe(name).read_text(encoding="utf-8"))
+    steps = recipe["trainer"]["max_steps"]
+    schedules = [value for key, value in recipe["model"].items() if key.endswith("_schedule")]
+    assert [schedule["init_args"]["total_iters"] for schedule in schedules] == [steps] * 3
+    gate = next(c["init_args"] for c in recipe["trainer"]["callbacks"] if c["class_path"].endswith("GRPOWarmup"))
+    assert len(range(gate["start"], steps, gate["every"])) > gate["ramp"]
 
 
 def test_every_packaged_recipe_says_what_it_is_for():

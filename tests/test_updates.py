@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from advdmd_lightning.equations import discriminator_score
-from advdmd_lightning.flow import CoefficientPreserving, FlowSDE, Renoising
+from advdmd_lightning.equations import discriminator_loss, discriminator_score
+from advdmd_lightning.flow import CoefficientPreserving, FlowSDE, Renoising, add_noise
 from advdmd_lightning.rewards import ImageReward, Rollout, brightness
 from advdmd_lightning.settings import DistillationSettings, GRPOSettings
 from advdmd_lightning.updates import (
@@ -96,6 +96,27 @@ def test_fake_score_and_teacher_features_agree_until_the_fake_score_has_moved(mo
     perturb(module.roles.fake_score)
     assert loss("teacher") == before
     assert loss("fake_score") != pytest.approx(before, rel=1e-3)
+
+
+def test_discriminator_loss_is_that_of_separate_passes(module):
+    """Generated and real latents share one pass; here each has its own, with the same draws."""
+    samples = rollout(module.roles.generator, Renoising(), groups=3)
+    real, words, critic = torch.randn_like(samples.x0), samples.condition, module.critic
+    real_words = tiny_backbone().encode_text([*CAPTIONS, "a circle", "a square"])
+    loss = guidance_loss(
+        module.roles, critic, samples, real, real_words, SETTINGS, torch.Generator().manual_seed(5)
+    ).discriminator
+
+    source, count = torch.Generator().manual_seed(5), samples.batch_size
+    t, noise = draw_times(count, SETTINGS, real, source), torch.randn(real.shape, generator=source)
+    step = torch.randint(1, samples.num_steps + 1, (count,), generator=source)
+    other_noise, levels = torch.randn(real.shape, generator=source), samples.times[step]
+    states = samples.states[step, torch.arange(count)]
+    fake = [(add_noise(samples.x0, noise, t), t, words), (states, levels, words)]
+    true = [(add_noise(real, noise, t), t, real_words), (add_noise(real, other_noise, levels), levels, real_words)]
+    logits = [[critic.heads(critic.features(*one)) for one in side] for side in (true, fake)]
+    joined = [[torch.cat(maps) for maps in zip(*side, strict=True)] for side in logits]
+    assert loss.item() == pytest.approx(discriminator_loss(*joined).item(), rel=1e-5)
 
 
 def test_discriminator_learns_to_tell_two_distributions_apart(module, source):

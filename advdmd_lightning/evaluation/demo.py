@@ -46,8 +46,9 @@ class Student:
     def entrant(self) -> Entrant:
         """The student as an entrant, with its averaged weights."""
         network = self.module.sampling_network or self.module.generator
+        network = network.to(self.module.device).eval()
         steps = STUDENTS[self.recipe]
-        return Entrant(f"student, {steps} steps", network.eval(), steps, transition=self.module.transition)
+        return Entrant(f"student, {steps} steps", network, steps, transition=self.module.transition)
 
 
 def train(recipe: str, overrides: Sequence[str] = ()) -> Student:
@@ -59,7 +60,7 @@ def train(recipe: str, overrides: Sequence[str] = ()) -> Student:
     gates = [callback for callback in callbacks if isinstance(callback, GRPOWarmup)]
     return Student(
         recipe=recipe,
-        module=cli.model,
+        module=cli.model.to(cli.trainer.strategy.root_device),  # Lightning left it on the CPU
         folder=str(cli.trainer.log_dir),
         generator_updates=cli.trainer.global_step,
         grpo_updates=sum(gate.grpo_updates for gate in gates),

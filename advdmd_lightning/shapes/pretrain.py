@@ -80,7 +80,7 @@ class Pretraining(L.LightningModule, ABC):
         """Muon for the matrices inside the transformer's blocks, AdamW for everything else."""
         named = dict(self.network.named_parameters())
         matrices = [n for n, w in named.items() if "transformer_blocks" in n and w.ndim == 2 and ".norm1" not in n]
-        rest = [w for n, w in named.items() if n not in matrices and w.requires_grad]
+        rest = [w for n, w in named.items() if n not in matrices]
         optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(rest, lr=self.lr, betas=(0.9, 0.99), weight_decay=0.0),
             torch.optim.Muon(
@@ -368,10 +368,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m advdmd_lightning.shapes.pretrain", description=main.__doc__)
     parser.add_argument("--root", type=Path, default="runs/teacher", help="folder of checkpoints, logs, pipeline")
     parser.add_argument("--stage", choices=(*STAGES, "export"), help="run this stage alone")
+    parser.add_argument("--compile", action="store_true", help="compile the transformer; needs a C++ compiler")
     arguments, overrides = parser.parse_known_args()
     for stage in STAGES:
         if arguments.stage in (None, stage):
-            fit(stage, arguments.root, *overrides)
+            compiled = ["--model.init_args.compile=true"] if arguments.compile and stage == "transformer" else []
+            fit(stage, arguments.root, *compiled, *overrides)
     if arguments.stage in (None, "export"):
         export(*(arguments.root / stage / "last.ckpt" for stage in STAGES), arguments.root / "pipeline")
 

@@ -115,8 +115,8 @@ def test_colours_that_the_caption_leaves_open_are_free(few):
 def test_strong_blur_fails(scenes, images):
     found = scores(blur(images, 0.8), texts(scenes))
     assert found["overall"] < 0.1
-    assert found.pop("objects") > 0.9  # blurred, but still what the caption says
-    assert max(found.values()) < 0.3  # the largest objects of a single colour come through, if any
+    assert found["objects"] > 0.9  # blurred, but still what the caption says
+    assert max(found[category] for category in CATEGORIES) < 0.3  # the largest objects may come through
 
 
 @pytest.mark.parametrize("contrast", [0.0, 0.4])
