@@ -202,7 +202,10 @@ class AdvDMDModule(FewStepSampling):
     def _update_guidance(
         self, samples: Trajectory, real: Tensor, condition: Condition, noise_source: torch.Generator
     ) -> dict[str, Tensor]:
-        """P: several joint updates of fake score and discriminator, each with fresh times and noise."""
+        """P: several joint updates of fake score and discriminator, each with fresh times and noise.
+
+        Returns what the last of them measured.
+        """
         _, *optimizers = self._three_optimizers()
         fake_score, heads = self.roles.fake_score.trainable_parameters(), list(self.discriminator.parameters())
         metrics: dict[str, Tensor] = {}

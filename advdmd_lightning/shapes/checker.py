@@ -188,7 +188,8 @@ def read(image: Tensor) -> list[Reading]:
 class ShapesScore(Metric):
     """Share of images that are correct and crisp, per GenEval category and overall (the mean of the categories).
 
-    ``objects`` says how much of a low score is blur: the same share, crispness aside.
+    ``objects`` says how much of a low score is blur: the mean share of images that show what the caption says (objects,
+    relation, background), crisp or not.
 
     Args:
         template_error: largest template error of a crisp image.
