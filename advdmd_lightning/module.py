@@ -40,6 +40,17 @@ from advdmd_lightning.updates import (
     trajectory_advantages,
 )
 
+POLICY_METRICS = (
+    "loss/grpo",
+    "reward_mean/",
+    "reward_std/",
+    "grpo/zero_std_share",
+    "grpo/ratio",
+    "grpo/clipped_fraction",
+    "grpo/kl",
+)
+"""Beginnings of the names of what only cycles with an open GRPO gate measure."""
+
 
 class AdvDMDModule(FewStepSampling):
     """Distils a flow-matching text-to-image teacher into a few-step generator: DMD2 and GRPO in one loop.
@@ -300,10 +311,13 @@ class AdvDMDModule(FewStepSampling):
     def _report(self, metrics: Mapping[str, Tensor], samples_per_second: float) -> None:
         self.last_metrics = {name: float(value) for name, value in metrics.items()}
         self.last_metrics["samples_per_second"] = samples_per_second
-        shown = {name for name in self.last_metrics if name in ("loss/dmd", "grpo/gate")}
-        batch_size = 1
-        self.log_dict({n: v for n, v in self.last_metrics.items() if n not in shown}, batch_size=batch_size)
-        self.log_dict({n: v for n, v in self.last_metrics.items() if n in shown}, prog_bar=True, batch_size=batch_size)
+        policy = {n: v for n, v in self.last_metrics.items() if n.startswith(POLICY_METRICS)}
+        shown = {n: v for n, v in self.last_metrics.items() if n in ("loss/dmd", "grpo/gate")}
+        rest = {n: v for n, v in self.last_metrics.items() if n not in policy and n not in shown}
+        self.log_dict(rest, batch_size=1)
+        self.log_dict(shown, prog_bar=True, batch_size=1)
+        for logger in self.loggers if policy else ():  # `log` would repeat them in every cycle until the epoch ends
+            logger.log_metrics(policy, step=self.global_step - 1)  # the step that `log` gives this cycle
 
     # ------------------------------------------------------------------ optimizers
 

@@ -9,10 +9,13 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from advdmd_lightning.callbacks import GeneratorEMA
+from advdmd_lightning.callbacks import GeneratorEMA, GRPOWarmup
 from advdmd_lightning.data import ShapesCaptions
 from advdmd_lightning.flow import ODE, CoefficientPreserving, FlowSDE
+from advdmd_lightning.module import POLICY_METRICS
 from advdmd_lightning.rewards import DiscriminatorReward, ImageReward, brightness
 from advdmd_lightning.settings import (
     ClipSettings,
@@ -122,6 +125,19 @@ def test_what_a_cycle_logs(tmp_path, gate):
     assert module.last_metrics["grpo/gate"] == gate
     if gate:
         assert module.last_metrics["grpo/ratio"] == 1.0
+
+
+def test_policy_metrics_stand_at_the_cycles_that_measured_them(tmp_path):
+    """One point for each cycle with an open gate in the event file, at the same step as the losses of that cycle."""
+    logger = TensorBoardLogger(tmp_path, name="")
+    fit(tiny_module(), tmp_path, 5, [GRPOWarmup(start=1, every=3)], logger=logger, log_every_n_steps=1)
+    events = EventAccumulator(logger.log_dir).Reload()
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    policy = {tag for tag in steps if tag.startswith(POLICY_METRICS)}
+    assert {"loss/grpo", "grpo/ratio", "reward_mean/discriminator/step1"} <= policy
+    assert all(steps[tag] == [1, 4] for tag in policy)
+    assert steps["grpo/gate"] == steps["loss/dmd"] == [0, 1, 2, 3, 4]
+    assert [event.value for event in events.Scalars("grpo/gate")] == [0, 1, 0, 0, 1]
 
 
 @pytest.mark.parametrize("spoiled", ["latents", "embeds"])
