@@ -375,7 +375,8 @@ def main() -> None:
             compiled = ["--model.init_args.compile=true"] if arguments.compile and stage == "transformer" else []
             fit(stage, arguments.root, *compiled, *overrides)
     if arguments.stage in (None, "export"):
-        export(*(arguments.root / stage / "last.ckpt" for stage in STAGES), arguments.root / "pipeline")
+        vae, transformer = (arguments.root / stage / "last.ckpt" for stage in STAGES)
+        export(vae, transformer, arguments.root / "pipeline")
 
 
 if __name__ == "__main__":
