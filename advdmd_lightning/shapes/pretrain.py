@@ -253,7 +253,13 @@ class ShapesLatents(ShapesImages):
 
     @torch.no_grad()
     def prepare_data(self) -> None:
-        """Encode the pool beside the checkpoint, unless that is done."""
+        """Encode the pool beside the checkpoint, unless that is done.
+
+        Raises:
+            ValueError: if there is no checkpoint of stage 1.
+        """
+        if not Path(self.vae).exists():
+            raise ValueError(f"data.vae is {self.vae}, but there is no such checkpoint: run --stage vae first.")
         self.store = Path(self.vae).with_name(f"latents-{self.pool}-{self.seed}.pt")
         if self.store.exists():
             return

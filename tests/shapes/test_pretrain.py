@@ -173,6 +173,11 @@ def test_pool_holds_the_stream(vae, transformer):
     assert torch.allclose(batch["empty_pooled"], pooled[:1], atol=1e-5)
 
 
+def test_transformer_stage_needs_the_first(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.vae is .*last\.ckpt, but there is no such checkpoint: run"):
+        fit("transformer", tmp_path)
+
+
 def test_loss_is_that_of_the_velocity(vae, transformer):
     """A network whose velocity is zero, as at the start, leaves E|noise - x0|² per value: 1 + the latents' square."""
     data = pretrain.ShapesLatents(vae=str(vae), pool=256, batch_size=256)
