@@ -134,6 +134,35 @@ def fake_score_loss(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
     return mse_loss(at_least_float32(velocity), target)
 
 
+def ambient_score_loss(velocity: Tensor, x_s: Tensor, noise: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """Denoising loss (3.2) on states that never were clean: the ambient target (R: RTDMD).
+
+    Where x_t is a noisy state x_s with more noise, `x_t = alpha * x_s + sigma * noise` with `alpha = (1 - t) / (1 - s)`
+    and `sigma^2 = t^2 - alpha^2 * s^2`, the velocity at x_t is in the mean
+    `-x_s / (1 - s) + noise * (t + (1 - t) * s^2 / (1 - s)^2) / sigma`. The weight `min(1, 10 * sigma^2)` keeps small
+    sigma from dominating.
+
+    Args:
+        velocity: The fake score's velocity at x_t, (B, C, H, W).
+        x_s: States of a rollout, (B, C, H, W); no gradient flows into them.
+        noise: The standard normal noise added to x_s, (B, C, H, W).
+        s: Times of the states, (B,), in [0, 1).
+        t: Times of x_t, (B,), in (s, 1].
+
+    Returns:
+        The loss as a mean over all elements, 0-d.
+
+    >>> x_s, noise = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), 3.0)  # at s = 0 this is (3.2)
+    >>> ambient_score_loss(noise - x_s, x_s, noise, s=torch.zeros(1), t=torch.full((1,), 0.5))
+    tensor(0.)
+    """
+    velocity, x_s, noise = (at_least_float32(tensor) for tensor in (velocity, x_s.detach(), noise))
+    s, t = (time.view(-1, *[1] * (x_s.ndim - 1)) for time in (s, t))
+    variance = (t**2 - ((1 - t) / (1 - s) * s) ** 2).clamp(min=1e-8)
+    target = -x_s / (1 - s) + noise * (t + (1 - t) * (s / (1 - s)) ** 2) / variance.sqrt()
+    return ((10 * variance).clamp(max=1) * (velocity - target).square()).mean()
+
+
 # ---------------------------------------------------------------------------------------------- GRPO on the flow
 
 
@@ -398,12 +427,19 @@ def discriminator_score(logits: Sequence[Tensor], read: Literal["sigmoid", "logi
     return _mean_over_heads([head.sigmoid() for head in heads] if read == "sigmoid" else heads)
 
 
-def discriminator_loss(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Tensor:
+def discriminator_loss(
+    real_logits: Sequence[Tensor],
+    fake_logits: Sequence[Tensor],
+    mismatched_logits: Sequence[Tensor] | None = None,
+    mismatched: float = 0.0,
+) -> Tensor:
     """The discriminator's loss, `-log D` on real and `-log(1 - D)` on generated images, (3.7) (P), from logits (O).
 
     Args:
         real_logits: One (B, 1, h, w) per head, on noised real images.
         fake_logits: One (B', 1, h, w) per head, on noised generated images and rollout states of the same levels.
+        mismatched_logits: One (B'', 1, h, w) per head, on noised real images under wrong captions, or None (O).
+        mismatched: Share of these in the mean over what is not real, in [0, 1) (O).
 
     Returns:
         The sum of both means over samples, positions and heads, 0-d.
@@ -411,7 +447,10 @@ def discriminator_loss(real_logits: Sequence[Tensor], fake_logits: Sequence[Tens
     >>> discriminator_loss([torch.full((1, 1, 2, 2), 9.0)], [torch.zeros(3, 1, 2, 2)])
     tensor(0.6933)
     """
-    return _minus_log_d(real_logits) + _minus_log_d([-head for head in fake_logits])
+    fake = _minus_log_d([-head for head in fake_logits])
+    if mismatched_logits is not None:
+        fake = torch.lerp(fake, _minus_log_d([-head for head in mismatched_logits]), mismatched)
+    return _minus_log_d(real_logits) + fake
 
 
 def adversarial_loss(fake_logits: Sequence[Tensor]) -> Tensor:

@@ -61,6 +61,37 @@ def add_noise(x0: Tensor, noise: Tensor, t: Time) -> Tensor:
     return (1 - t) * x0 + t * noise
 
 
+def renoise(x_s: Tensor, noise: Tensor, s: Time, t: Time) -> Tensor:
+    """Raise the noise of a state from its time s to a later one t, without knowing its x0 (R: RTDMD).
+
+    `alpha * x_s + sigma * noise` with `alpha = (1 - t) / (1 - s)` and `sigma^2 = t^2 - alpha^2 * s^2`: the result has
+    the distribution of `add_noise(x0, ..., t)`.
+
+    Args:
+        x_s: States at time s, (B, C, H, W).
+        noise: Standard normal noise, (B, C, H, W).
+        s: Time in [0, 1).
+        t: Time in [s, 1].
+
+    Returns:
+        x_t, (B, C, H, W).
+
+    >>> renoise(torch.full((1, 1), 2.0), torch.full((1, 1), 3.0), s=0.0, t=0.25)  # from the clean image
+    tensor([[2.2500]])
+    """
+    s, t = expand_time(s, x_s), expand_time(t, x_s)
+    return (1 - t) / (1 - s) * x_s + renoising_std(s, t) * noise
+
+
+def renoising_std(s: Tensor, t: Tensor) -> Tensor:
+    """Standard deviation of the noise that `renoise` adds, `sqrt(t^2 - ((1 - t) / (1 - s) * s)^2)` (R: RTDMD).
+
+    >>> renoising_std(torch.tensor([0.0, 0.5]), torch.tensor([0.5, 0.5]))
+    tensor([0.5000, 0.0000])
+    """
+    return (t**2 - ((1 - t) / (1 - s) * s) ** 2).clamp(min=0).sqrt()
+
+
 def x0_from_velocity(x_t: Tensor, velocity: Tensor, t: Time) -> Tensor:
     """Predicted clean latents, `x_t - t * velocity` (R).
 

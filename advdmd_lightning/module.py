@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -33,21 +32,35 @@ from advdmd_lightning.settings import (
     GuidanceSettings,
 )
 from advdmd_lightning.updates import (
+    MeanMetrics,
+    accuracy_metrics,
+    add_gradients,
     critic_of,
     generator_losses,
+    gradient_norm,
     guidance_loss,
+    pathwise_losses,
     policy_losses,
+    real_score_loss,
+    reward_metrics,
+    sample_metrics,
+    take_gradients,
     trajectory_advantages,
 )
 
 POLICY_METRICS = (
     "loss/grpo",
+    "loss/pathwise",
     "reward_mean/",
     "reward_std/",
     "grpo/zero_std_share",
     "grpo/ratio",
     "grpo/clipped_fraction",
     "grpo/kl",
+    "grpo/lambda",
+    "grad_norm/grpo",
+    "grad_norm/generator_without_grpo",
+    "samples/diversity",
 )
 """Beginnings of the names of what only cycles with an open GRPO gate measure."""
 
@@ -112,13 +125,15 @@ class AdvDMDModule(FewStepSampling):
         super().__init__(backbone, num_steps, transition, metrics, seed)
         self.automatic_optimization = False
         self.distillation, self.grpo, self.guidance = distillation, grpo, guidance
-        self.adversarial_weight, self.clip = discriminator.weight, clip
+        self.discriminator_settings, self.clip = discriminator, clip
         self.rewards = list(rewards) if rewards is not None else [DiscriminatorReward()]
         self._check_policy()
         self.roles = roles(backbone)
         blocks = discriminator.blocks or backbone.feature_blocks()
         self.discriminator = Discriminator(blocks, backbone.feature_channels, discriminator.hidden)
-        self.critic = critic_of(self.roles, self.discriminator, discriminator.features)
+        critic = critic_of(self.roles, self.discriminator, discriminator.features)
+        self.critic = critic if self._reads_discriminator() else None
+        self.trains_guidance = distillation.weight > 0 or self.critic is not None
         self._make_optimizers = (generator_optimizer, fake_score_optimizer, discriminator_optimizer)
         self._make_schedules = (generator_schedule, fake_score_schedule, discriminator_schedule)
         self.grpo_gate = 1.0
@@ -134,6 +149,20 @@ class AdvDMDModule(FewStepSampling):
             )
         if self.grpo.weight and not self.rewards:
             raise ValueError("`model.rewards` is empty while `model.grpo.weight` > 0: name a reward, or set it to 0")
+        weights = (self.distillation.weight, self.grpo.weight, *self._adversarial_weights())
+        if not any(weights):
+            raise ValueError(
+                "nothing trains the generator: `model.distillation.weight`, `model.grpo.weight`, "
+                "`model.discriminator.weight` and `model.discriminator.last_step` are all 0; set one of them"
+            )
+
+    def _adversarial_weights(self) -> tuple[float, float]:
+        return self.discriminator_settings.weight, self.discriminator_settings.last_step
+
+    def _reads_discriminator(self) -> bool:
+        """Whether anything does; otherwise it is neither trained nor run."""
+        policy = self.grpo.pathwise > 0 or any(reward.reads_discriminator for reward in self.rewards)
+        return any(self._adversarial_weights()) or (self.grpo.weight > 0 and policy)
 
     @property
     def generator(self) -> nn.Module:
@@ -150,17 +179,19 @@ class AdvDMDModule(FewStepSampling):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Run one cycle: encode, simulate once, update the guidance, update the generator, log."""
         started = time.perf_counter()
-        noise_source = self._noise_source()
+        noise_source = self._noise_source(self.global_rank)
         real, condition, captions = self._encode(batch)
-        rollout = self._simulate(condition, noise_source)
+        trained_steps = self._trained_steps()
+        rollout = self._simulate(condition, trained_steps, noise_source)
         samples = self._spread(rollout, len(condition), noise_source)
         metrics = self._update_guidance(samples, real, condition, noise_source)
-        metrics |= self._update_generator(samples, rollout, captions, noise_source)
+        metrics |= self._update_generator(samples, rollout, trained_steps, captions, noise_source)
+        metrics |= sample_metrics(rollout, real)
         self._report(metrics, samples_per_second=rollout.batch_size / (time.perf_counter() - started))
 
-    def _noise_source(self) -> torch.Generator:
+    def _noise_source(self, rank: int) -> torch.Generator:
         """A generator fixed by seed, step and rank."""
-        key = (self.seed * 1_000_003 + self.global_step) * 65_537 + self.global_rank
+        key = (self.seed * 1_000_003 + self.global_step) * 65_537 + rank
         return torch.Generator(self.device).manual_seed(key)
 
     def _encode(self, batch: dict[str, Any]) -> tuple[Tensor, Condition, Sequence[str]]:
@@ -183,15 +214,30 @@ class AdvDMDModule(FewStepSampling):
         """λ_grpo in force in this cycle: 0 while the gate is closed."""
         return self.grpo.weight * self.grpo_gate
 
-    def _simulate(self, condition: Condition, noise_source: torch.Generator) -> Trajectory:
+    def _trained_steps(self) -> tuple[int, ...]:
+        """What the policy loss trains in this cycle, the same on every rank; nothing while the gate is closed."""
+        if not self.grpo_weight:
+            return ()
+        stochastic = [k for k, noisy in enumerate(self.transition.stochastic_steps(self.grid)) if noisy]
+        count = self.grpo.trained_steps or len(stochastic)
+        if count >= len(stochastic):
+            return tuple(stochastic)
+        drawn = torch.randperm(len(stochastic), generator=self._noise_source(rank=-1), device=self.device)[:count]
+        return tuple(sorted(stochastic[i] for i in drawn.tolist()))
+
+    def _simulate(
+        self, condition: Condition, trained_steps: Sequence[int], noise_source: torch.Generator
+    ) -> Trajectory:
         """The cycle's one rollout: the batch's prompts, or with the gate open a group of samples for each."""
-        group_size, micro_batch = 1, None
+        group_size, micro_batch, shared = 1, None, set[int]()
         if self.grpo_weight:
             group_size, micro_batch = self.grpo.group_size, self.grpo.micro_batch
+            shared = set(range(len(self.grid) - 1)).difference(trained_steps)
             condition = condition[: self.grpo.groups or len(condition)].repeat_interleave(group_size)
         noise = self._initial_noise(len(condition), group_size, noise_source)
+        generator = self.roles.generator
         return simulate(
-            self.roles.generator, self.transition, self.grid, condition, noise, noise_source, group_size, micro_batch
+            generator, self.transition, self.grid, condition, noise, noise_source, group_size, micro_batch, shared
         )
 
     def _initial_noise(self, count: int, group_size: int, noise_source: torch.Generator) -> Tensor:
@@ -210,89 +256,158 @@ class AdvDMDModule(FewStepSampling):
         offset = torch.randint(stride, (count,), generator=noise_source, device=edges.device)
         return rollout.select(edges + offset)
 
+    def _portions(self, samples: Trajectory) -> list[slice]:
+        """The samples of each guidance update: all of them, or disjoint parts; the generator takes the first."""
+        count, updates = samples.batch_size, self.guidance.updates
+        if not self.guidance.disjoint:
+            return [slice(0, count)] * updates
+        if count < updates:
+            raise ValueError(
+                f"`model.guidance.disjoint` needs at least `model.guidance.updates` = {updates} samples per cycle, got "
+                f"{count}: raise `data.batch_size`"
+            )
+        return [slice(i * count // updates, (i + 1) * count // updates) for i in range(updates)]
+
     def _update_guidance(
         self, samples: Trajectory, real: Tensor, condition: Condition, noise_source: torch.Generator
     ) -> dict[str, Tensor]:
         """P: several joint updates of fake score and discriminator, each with fresh times and noise.
 
-        Returns what the last of them measured.
+        Returns the means of what they measured.
         """
-        _, *optimizers = self._three_optimizers()
-        fake_score, heads = self.roles.fake_score.trainable_parameters(), list(self.discriminator.parameters())
-        metrics: dict[str, Tensor] = {}
-        count = samples.batch_size
-        for _ in range(self.guidance.updates):
+        if not self.trains_guidance:
+            return {}
+        optimizers = self._three_optimizers()[1:]
+        owners = {
+            "fake_score": self.roles.fake_score.trainable_parameters(),
+            "discriminator": list(self.discriminator.parameters()) if self.critic else [],
+        }
+        parameters = [parameter for owned in owners.values() for parameter in owned]
+        metrics, judged = MeanMetrics(), []
+        for portion in self._portions(samples):
             loss = guidance_loss(
-                self.roles, self.critic, samples, real[:count], condition[:count], self.distillation, noise_source
+                self.roles,
+                self.critic,
+                samples.select(portion),
+                real[portion],
+                condition[portion],
+                self.distillation,
+                noise_source,
+                self.discriminator_settings,
             )
             self._check_finite("fake_score", "loss", loss.fake_score)
             self._check_finite("discriminator", "loss", loss.discriminator)
-            self.manual_backward(loss.fake_score + loss.discriminator, inputs=[*fake_score, *heads])
-            metrics = {
-                "loss/fake_score": loss.fake_score.detach(),
-                "loss/discriminator": loss.discriminator.detach(),
-                "discriminator/accuracy_real": loss.accuracy_real,
-                "discriminator/accuracy_fake": loss.accuracy_fake,
-                "grad_norm/fake_score": self._clip("fake_score", fake_score, self.clip.fake_score),
-                "grad_norm/discriminator": self._clip("discriminator", heads, self.clip.discriminator),
-            }
-            for optimizer in optimizers:  # past Lightning's wrapper, which would count these steps as global steps
-                optimizer.optimizer.step()
-                optimizer.optimizer.zero_grad()
-        return metrics
+            self.manual_backward(loss.fake_score + loss.discriminator, inputs=parameters)
+            metrics.add("loss/fake_score", loss.fake_score)
+            if self.critic:
+                metrics.add("loss/discriminator", loss.discriminator)
+                judged.append(loss.accuracies)
+            for (role, owned), optimizer in zip(owners.items(), optimizers, strict=True):
+                if owned:  # past Lightning's wrapper, which would count these steps as global steps
+                    metrics.add(f"grad_norm/{role}", self._clip(role, owned, getattr(self.clip, role)))
+                    optimizer.optimizer.step()
+                    optimizer.optimizer.zero_grad()
+        real_loss = real_score_loss(self.roles.fake_score, real, condition, self.distillation, noise_source)
+        return metrics.means | accuracy_metrics(judged) | {"loss/fake_score_on_real": real_loss}
 
     def _update_generator(
-        self, samples: Trajectory, rollout: Trajectory, captions: Sequence[str], noise_source: torch.Generator
+        self,
+        samples: Trajectory,
+        rollout: Trajectory,
+        trained_steps: Sequence[int],
+        captions: Sequence[str],
+        noise_source: torch.Generator,
     ) -> dict[str, Tensor]:
         """One optimizer step on the composite objective (3.10)."""
         optimizer, *_ = self._three_optimizers()
         parameters = self.roles.generator.trainable_parameters()
-        loss = generator_losses(
-            self.roles,
-            self.critic,
-            samples,
-            self._empty_condition(),
-            self.distillation,
-            self.adversarial_weight > 0,
-            noise_source,
-        )
-        none = loss.dmd.new_zeros(())
-        total = generator_loss(loss.dmd, none, loss.adversarial, self.grpo_weight, self.adversarial_weight)
-        self._check_finite("generator", "DMD and adversarial loss", total)
-        self.manual_backward(total, inputs=parameters)
-        metrics = {"loss/dmd": loss.dmd.detach(), "loss/adversarial": loss.adversarial.detach()}
+        metrics = self._backward_prediction(samples.select(self._portions(samples)[0]), noise_source)
         if self.grpo_weight:
-            metrics |= self._accumulate_policy(rollout, captions, parameters)
-        metrics["grpo/gate"] = none + self.grpo_gate
+            metrics |= self._backward_policy(rollout, trained_steps, captions)
+        metrics["grpo/gate"] = torch.tensor(self.grpo_gate if self.grpo.weight else 0.0)
         metrics["grad_norm/generator"] = self._clip("generator", parameters, self.clip.generator)
         optimizer.step()
         optimizer.zero_grad()
-        for schedule in cast("list[LRScheduler]", self.lr_schedulers()):
-            schedule.step()
+        stepped = (True, self.trains_guidance, self.critic is not None)
+        for schedule, moved in zip(cast("list[LRScheduler]", self.lr_schedulers()), stepped, strict=True):
+            if moved:
+                schedule.step()
         return metrics
 
-    def _accumulate_policy(
-        self, rollout: Trajectory, captions: Sequence[str], parameters: list[nn.Parameter]
+    def _backward_prediction(self, samples: Trajectory, noise_source: torch.Generator) -> dict[str, Tensor]:
+        """Gradients of the DMD and adversarial terms."""
+        settings, distillation = self.discriminator_settings, self.distillation
+        if not (distillation.weight or settings.weight or settings.last_step):
+            return {}
+        loss = generator_losses(
+            self.roles, self.critic, samples, self._empty_condition(), distillation, settings, noise_source
+        )
+        adversarial = settings.weight * loss.adversarial + settings.last_step * loss.last_step
+        total = generator_loss(distillation.weight * loss.dmd, loss.dmd.new_zeros(()), adversarial, 0.0, 1.0)
+        self._check_finite("generator", "DMD and adversarial loss", total)
+        self.manual_backward(total, inputs=self.roles.generator.trainable_parameters())
+        weighed = {
+            "loss/dmd": (distillation.weight, loss.dmd),
+            "loss/adversarial": (settings.weight, loss.adversarial),
+            "loss/adversarial_last_step": (settings.last_step, loss.last_step),
+        }
+        metrics = {name: value.detach() for name, (weight, value) in weighed.items() if weight}
+        return metrics | loss.gradient_norms(distillation.weight)
+
+    def _backward_policy(
+        self, rollout: Trajectory, trained_steps: Sequence[int], captions: Sequence[str]
     ) -> dict[str, Tensor]:
-        """Rewards and advantages per step, then the policy loss's gradient in micro-batches."""
+        """Rewards and advantages per step, then the policy loss's gradient, weighed and added to what is there."""
+        parameters = self.roles.generator.trainable_parameters()
+        others = take_gradients(parameters)
+        metrics = self._accumulate_policy(rollout, trained_steps, captions)
+        norms = gradient_norm(others), gradient_norm([parameter.grad for parameter in parameters])
+        weight = self.grpo_weight
+        if self.grpo.gradient_ratio is not None:
+            weight = self.grpo_gate * self.grpo.gradient_ratio * float(norms[0] / norms[1].clamp(min=1e-12))
+        add_gradients(parameters, others, weight)
+        return metrics | {
+            "grpo/lambda": torch.tensor(weight),
+            "grad_norm/generator_without_grpo": norms[0],
+            "grad_norm/grpo": weight * norms[1],
+        }
+
+    def _accumulate_policy(
+        self, rollout: Trajectory, trained_steps: Sequence[int], captions: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """The policy loss's gradient, in micro-batches."""
+        generator, teacher = self.roles.generator, self.roles.teacher
+        parameters = generator.trainable_parameters()
         words = [c for c in captions[: rollout.num_groups] for _ in range(rollout.group_size)]
-        seen = Rollout(rollout, words, partial(self.critic.score, micro_batch=self.grpo.micro_batch), self._decode)
+        seen = Rollout(rollout, words, self._score, self._decode)
         advantages, scores = trajectory_advantages(self.rewards, seen, self.grpo)
-        metrics = _reward_metrics(scores, rollout) | {"grpo/zero_std_share": advantages.zero_std_share}
+        metrics = reward_metrics(scores, rollout) | {"grpo/zero_std_share": advantages.zero_std_share}
         policy: GRPOLoss | None = None
         for part in policy_losses(
-            self.roles.generator, self.roles.teacher, self.transition, rollout, advantages.values, self.grpo
+            generator, teacher, self.transition, rollout, advantages.values, self.grpo, trained_steps
         ):
             self._check_finite("generator", "policy loss", part.loss)
-            self.manual_backward(self.grpo_weight * part.loss, inputs=parameters)
+            self.manual_backward(part.loss, inputs=parameters)
             policy = part.detach() if policy is None else policy + part.detach()
         assert policy is not None, "checked at construction: a policy has a stochastic step"
+        if self.grpo.pathwise and self.critic:
+            reward = torch.zeros((), device=self.device)
+            for loss in pathwise_losses(generator, self.critic, self.transition, rollout, self.grpo.micro_batch):
+                self._check_finite("generator", "pathwise loss", loss)
+                self.manual_backward(self.grpo.pathwise * loss, inputs=parameters)
+                reward -= loss.detach()
+            metrics["loss/pathwise"] = -reward
         return metrics | {
             "loss/grpo": policy.loss,
             "grpo/ratio": policy.ratio_mean,
             "grpo/clipped_fraction": policy.clipped_fraction,
             "grpo/kl": policy.kl,
         }
+
+    def _score(self, x_t: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
+        """The discriminator's logits, for rewards that read it."""
+        assert self.critic is not None, "a reward reads the discriminator without saying so"
+        return self.critic.score(x_t, t, condition, self.grpo.micro_batch)
 
     def _clip(self, role: str, parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
         """Clip a role's gradient and return its norm before, which must be finite."""
@@ -344,14 +459,3 @@ class AdvDMDModule(FewStepSampling):
 
     def _decode(self, latents: Tensor) -> Tensor:
         return torch.cat([self.backbone.decode(latents[part]) for part in split(len(latents), self.grpo.micro_batch)])
-
-
-def _reward_metrics(scores: Mapping[str, Tensor], rollout: Trajectory) -> dict[str, Tensor]:
-    """Mean and spread within groups of every reward, per time step where it has one."""
-    metrics = {}
-    for name, score in scores.items():
-        for k, row in enumerate(torch.atleast_2d(score)):
-            suffix = f"/step{k + 1}" if score.ndim == 2 else ""
-            metrics[f"reward_mean/{name}{suffix}"] = row.mean()
-            metrics[f"reward_std/{name}{suffix}"] = row.view(rollout.num_groups, -1).std(1).mean()
-    return metrics

@@ -143,12 +143,17 @@ class Trajectory:
         return self.states[-1]
 
     @property
+    def stochastic_steps(self) -> tuple[int, ...]:
+        """Which of the steps drew noise, each in [0, K)."""
+        return tuple(k for k, stochastic in enumerate(self.stochastic) if stochastic)
+
+    @property
     def stochastic_mask(self) -> Tensor:
         """`stochastic` as a boolean tensor, (K, 1), for `grpo_loss`."""
         return torch.tensor(self.stochastic, device=self.states.device).unsqueeze(1)
 
-    def select(self, index: Tensor) -> Trajectory:
-        """Some of the samples, (N,) indices in [0, B), on their own: no longer in groups."""
+    def select(self, index: Tensor | slice) -> Trajectory:
+        """Some of the samples, (N,) indices in [0, B) or a slice, on their own: no longer in groups."""
         return Trajectory(
             states=self.states[:, index],
             times=self.times,

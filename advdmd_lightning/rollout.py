@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ def simulate(
     generator: torch.Generator | None = None,
     group_size: int = 1,
     micro_batch: int | None = None,
+    shared_steps: Collection[int] = (),
 ) -> Trajectory:
     """Sample the generator from noise to images and keep every state and log-probability (P: SDE backward simulation).
 
@@ -35,14 +36,17 @@ def simulate(
         generator: source of the steps' noise.
         group_size: samples per prompt, a divisor of B.
         micro_batch: samples per pass; ``None`` = all at once. A replay must use the same for bitwise equality.
+        shared_steps: steps in which the members of a group draw one noise, each in [0, K).
 
     Returns:
         The trajectory.
     """
     size = micro_batch or len(noise)
     states, log_probs = [noise.float()], []
-    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+    for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
         step_noise = torch.randn(noise.shape, generator=generator, device=noise.device)
+        if k in shared_steps:
+            step_noise = step_noise[::group_size].repeat_interleave(group_size, 0)
         parts, parts_log_prob = [], []
         for part in split(len(noise), size):
             x_t = states[-1][part]

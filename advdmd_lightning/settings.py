@@ -19,24 +19,33 @@ class DistillationSettings:
     """DMD loss (3.1) and fake-score loss (3.2).
 
     Attributes:
+        weight: weight of the DMD loss (P: 1); 0 = no distillation, which leaves policy and adversarial terms.
         guidance_scale: classifier-free guidance of the real score (P: 3.5).
         min_time: smallest t at which scores are compared (R: 0.02).
         max_time: largest t (R: 0.98).
         time_shift: shift of the uniform draw of t towards noise, as in the sampling grid; 1 = none (O).
         normalizer_floor: floor of the DMD normaliser, in latent units (O).
+        ambient_share: share of the fake score's samples that start from a noisy state of the rollout instead of its
+            end, in [0, 1] (R: RTDMD's ambient target; O: 0, off).
     """
 
+    weight: float = 1.0
     guidance_scale: float = 3.5
     min_time: float = 0.02
     max_time: float = 0.98
     time_shift: float = 1.0
     normalizer_floor: float = 1e-3
+    ambient_share: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         times = (self.min_time, self.max_time)
         _require(
             0 < times[0] < times[1] < 1, "distillation.min_time, max_time", times, "need 0 < min_time < max_time < 1"
+        )
+        _require(self.weight >= 0, "distillation.weight", self.weight, "give a weight >= 0; 0 switches the loss off")
+        _require(
+            0 <= self.ambient_share <= 1, "distillation.ambient_share", self.ambient_share, "give a share in [0, 1]"
         )
         _require(self.guidance_scale >= 0, "distillation.guidance_scale", self.guidance_scale, "give a scale >= 0")
         _require(self.time_shift > 0, "distillation.time_shift", self.time_shift, "give a shift > 0; 1 is none")
@@ -48,13 +57,19 @@ class DiscriminatorSettings:
     """Discriminator (3.6)–(3.8).
 
     Attributes:
-        weight: λ_adv, weight of the generator's adversarial loss (O); 0 = no adversarial term.
+        weight: λ_adv, weight of the generator's adversarial loss on re-noised predictions (O); 0 = no such term.
+        last_step: weight of the same loss on the images with which the rollout ends, the part of the reward that the
+            policy loss cannot reach because the last step draws no noise (O: 0, off).
+        mismatched: share of real images under wrong captions among what the discriminator shall call generated, in
+            [0, 1); it teaches the discriminator to read the caption (O: 0, off).
         features: whose features are read (P: the fake score's).
         blocks: blocks that are read; null = the backbone's default, 50, 75 and 99 % of the depth (R).
         hidden: channels inside a head (O).
     """
 
     weight: float = 0.03
+    last_step: float = 0.0
+    mismatched: float = 0.0
     features: Literal["fake_score", "teacher"] = "fake_score"
     blocks: tuple[int, ...] | None = None
     hidden: int = 64
@@ -62,6 +77,8 @@ class DiscriminatorSettings:
     def __post_init__(self) -> None:
         """Check the ranges."""
         _require(self.weight >= 0, "discriminator.weight", self.weight, "give a weight >= 0; 0 switches the term off")
+        _require(self.last_step >= 0, "discriminator.last_step", self.last_step, "give a weight >= 0; 0 is off")
+        _require(0 <= self.mismatched < 1, "discriminator.mismatched", self.mismatched, "give a share in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -70,6 +87,8 @@ class GRPOSettings:
 
     Attributes:
         weight: λ_grpo, weight of the policy loss against the DMD loss (O); 0 = no GRPO.
+        gradient_ratio: sets λ_grpo anew at each GRPO update, so that the policy gradient's norm is this share of the
+            norm of the other terms' gradient (O); null = λ_grpo is ``weight``, which otherwise only says on or off.
         group_size: G, samples per prompt (P: 32).
         groups: prompts per GRPO update, at most the batch size; null = the batch size (O).
         clip_range: ε of the clipped ratio (R: 1e-4 … 1e-5 with log-probabilities that are means).
@@ -78,6 +97,11 @@ class GRPOSettings:
         advantage_scope: whose standard deviation divides the advantage (P: the group's).
         micro_batch: samples per forward and backward pass of the policy loss and the rewards.
         shared_noise: the members of a group start from one initial noise (O).
+        trained_steps: how many of the stochastic steps, drawn anew at each update, the policy loss trains; in the
+            others the members of a group share their noise, so that the spread of a group's rewards comes from the
+            trained steps (R: 2 of 3 in RTDMD); null = all (P).
+        pathwise: weight, within the policy loss, of the discriminator's reward differentiated through each step (O: 0,
+            off).
     """
 
     weight: float = 100.0
@@ -89,6 +113,9 @@ class GRPOSettings:
     advantage_scope: Literal["group", "batch"] = "group"
     micro_batch: int = 32
     shared_noise: bool = False
+    trained_steps: int | None = None
+    pathwise: float = 0.0
+    gradient_ratio: float | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -99,6 +126,10 @@ class GRPOSettings:
         _require(self.groups is None or self.groups >= 1, "grpo.groups", self.groups, "give null or at least 1 prompt")
         _require(self.clip_range > 0, "grpo.clip_range", self.clip_range, "give a range > 0, such as 1e-4")
         _require(self.beta >= 0, "grpo.beta", self.beta, "give a weight >= 0")
+        _require(self.pathwise >= 0, "grpo.pathwise", self.pathwise, "give a weight >= 0; 0 switches the term off")
+        ratio, steps = self.gradient_ratio, self.trained_steps
+        _require(ratio is None or ratio > 0, "grpo.gradient_ratio", ratio, "give null, or a share > 0 such as 0.5")
+        _require(steps is None or steps >= 1, "grpo.trained_steps", steps, "give null for all, or at least 1")
         _require(self.micro_batch >= 1, "grpo.micro_batch", self.micro_batch, "give at least 1 sample")
 
 
@@ -108,9 +139,13 @@ class GuidanceSettings:
 
     Attributes:
         updates: per generator update (P: 5).
+        disjoint: each of them takes a part of the batch and the rollout of its own, 1 / ``updates`` of it, instead of
+            all of it with fresh times and noise; so does the generator's distillation (O: false). For the same number
+            of samples per update the batch must be ``updates`` times as large.
     """
 
     updates: int = 5
+    disjoint: bool = False
 
     def __post_init__(self) -> None:
         """Check the range."""

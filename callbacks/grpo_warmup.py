@@ -55,6 +55,11 @@ class GRPOWarmup(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: AdvDMDModule) -> None:  # type: ignore[override]
         """Warn where the settings have no effect."""
+        if self.accuracy_band is not None and pl_module.critic is None:
+            raise ValueError(
+                f"init_args.accuracy_band of GRPOWarmup is {self.accuracy_band}, but nothing reads the discriminator, so it "
+                "is not trained: set it to null, or give model.discriminator.weight or a DiscriminatorReward."
+            )
         if not pl_module.grpo.weight:
             rank_zero_warn("GRPOWarmup has no effect, because model.grpo.weight is 0: set a weight, or remove it.")
         elif 0 <= trainer.max_steps <= self.start:

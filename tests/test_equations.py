@@ -13,6 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from advdmd_lightning.equations import (
     GRPOLoss,
     adversarial_loss,
+    ambient_score_loss,
     at_least_float32,
     combine_rewards,
     discriminator_accuracy,
@@ -142,6 +143,31 @@ def test_fake_score_loss_is_the_error_of_the_velocity():
     assert velocity.grad is not None and x0.grad is None
     assert_equal(velocity.grad, 2 * error / error.numel())
     assert fake_score_loss(noise - x0, x0, noise) == 0
+
+
+def test_ambient_loss_from_clean_images_is_the_fake_score_loss():
+    velocity, x0, noise = normal(0), normal(1), normal(2)
+    zero, t = torch.zeros(3).double(), double(0.4, 0.5, 0.9)
+    assert_equal(ambient_score_loss(velocity, x0, noise, zero, t), fake_score_loss(velocity, x0, noise))
+
+
+@pytest.mark.parametrize(("s", "t"), [(0.0, 0.5), (0.3, 0.4), (0.6, 0.9)])
+def test_ambient_target_has_the_minimum_of_the_clean_one(s, t):
+    """On a Gaussian, whose velocity has a closed form: no line in x_t added to it lowers the loss."""
+    mean, std, count = 0.8, 0.6, 400_000
+    x0 = mean + std * normal(0, (count, 1))
+    x_s = (1 - s) * x0 + s * normal(1, (count, 1))
+    alpha, noise = (1 - t) / (1 - s), normal(2, (count, 1))
+    x_t = alpha * x_s + (t**2 - (alpha * s) ** 2) ** 0.5 * noise
+    slope = (t - (1 - t) * std**2) / (((1 - t) * std) ** 2 + t**2)  # covariance of noise - x0 with x_t, over variance
+    a, b = double(0.0).requires_grad_(), double(0.0).requires_grad_()
+    velocity = -mean + slope * (x_t - (1 - t) * mean) + a + b * x_t
+    times = double(s).expand(count), double(t).expand(count)
+    loss = ambient_score_loss(velocity, x_s, noise, *times)
+    for gradient in torch.autograd.grad(loss, (a, b)):
+        assert abs(float(gradient)) < 0.02
+    shifted = ambient_score_loss(velocity + 0.1, x_s, noise, *times)
+    assert float(shifted - loss) > 0.5 * 0.01 * min(1, 10 * (t**2 - (alpha * s) ** 2))
 
 
 # ------------------------------------------------------------------------------------------- (3.3) SDE

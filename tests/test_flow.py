@@ -22,6 +22,7 @@ from advdmd_lightning.flow import (
     gaussian_kl,
     gaussian_log_prob,
     noise_from_velocity,
+    renoise,
     score_from_velocity,
     shift_time,
     unshift_time,
@@ -43,6 +44,16 @@ def assert_equal(actual: Tensor, expected: Tensor | float, atol: float = 1e-12) 
 
 
 # ------------------------------------------------------------------------------------------- predictions
+
+
+def test_renoising_a_state_gives_the_marginal_of_the_later_time():
+    """Mean and variance of x_t given x0, whatever the way: in one step, or over x_s."""
+    x0, s, t = torch.full((200_000, 1), 0.7, dtype=torch.float64), 0.3, 0.6
+    x_s = add_noise(x0, normal(1, x0.shape), s)
+    x_t = renoise(x_s, normal(2, x0.shape), s, t)
+    assert float(x_t.mean()) == pytest.approx(0.4 * 0.7, abs=0.005)
+    assert float(x_t.std()) == pytest.approx(t, abs=0.005)
+    assert_equal(renoise(x_s, normal(2, x0.shape), s, s), x_s)
 
 
 @pytest.mark.parametrize("t", TIMES)

@@ -113,12 +113,16 @@ def test_what_a_cycle_logs(tmp_path, gate):
     module.grpo_gate = gate
     fit(module, tmp_path)
     always = {
-        *("loss/dmd", "loss/adversarial", "loss/fake_score", "loss/discriminator"),
-        *("discriminator/accuracy_real", "discriminator/accuracy_fake"),
-        *("grad_norm/generator", "grad_norm/fake_score", "grad_norm/discriminator", "grpo/gate", "samples_per_second"),
+        *("loss/dmd", "loss/adversarial", "loss/fake_score", "loss/discriminator", "loss/fake_score_on_real"),
+        *(f"discriminator/accuracy_{kind}" for kind in ("real", "fake")),
+        *(f"discriminator/accuracy_{kind}/renoised" for kind in ("real", "fake")),
+        *(f"discriminator/accuracy_{kind}/step{k}" for kind in ("real", "fake") for k in (1, 2, 3)),
+        *("grad_norm/generator", "grad_norm/fake_score", "grad_norm/discriminator"),
+        *("grad_norm/x0_dmd", "grad_norm/x0_adversarial", "samples/spread", "grpo/gate", "samples_per_second"),
     }
     steps = [f"reward_{what}/discriminator/step{k}" for k in (1, 2, 3) for what in ("mean", "std")]
-    policy = {"loss/grpo", "grpo/ratio", "grpo/clipped_fraction", "grpo/kl", "grpo/zero_std_share"}
+    policy = {"loss/grpo", "grpo/ratio", "grpo/clipped_fraction", "grpo/kl", "grpo/zero_std_share", "grpo/lambda"}
+    policy |= {"grad_norm/grpo", "grad_norm/generator_without_grpo", "samples/diversity"}
     with_gate = {*always, *policy, *steps, "reward_mean/brightness", "reward_std/brightness"}
     assert set(module.last_metrics) == (with_gate if gate else always)
     assert all(math.isfinite(value) for value in module.last_metrics.values())
@@ -209,14 +213,77 @@ def test_a_cycle_draws_from_its_own_source_only(tmp_path):
         {"grpo": GRPOSettings(group_size=3, groups=2, micro_batch=4, shared_noise=True, beta=0.1)},
         {"clip": ClipSettings(None, None, None)},
         {"num_steps": 1, "grpo": GRPOSettings(weight=0.0)},
+        {"discriminator": DiscriminatorSettings(weight=0.0, last_step=0.1, mismatched=0.3, hidden=32)},
+        {"distillation": DistillationSettings(ambient_share=0.5)},
+        {"distillation": DistillationSettings(ambient_share=1.0)},
+        {"distillation": DistillationSettings(weight=0.0)},
+        {"grpo": GRPOSettings(group_size=4, micro_batch=8, trained_steps=1, pathwise=2.0, gradient_ratio=0.5)},
+        {"guidance": GuidanceSettings(updates=2, disjoint=True)},
+        {"rewards": [DiscriminatorReward(per_step=False, read="logit")]},
     ],
     ids=str,
 )
 def test_every_choice_runs(tmp_path, changes):
-    module = tiny_module(**changes)
+    assert moved(tiny_module(**changes), tmp_path) == list(ROLES)
+
+
+def moved(module, folder, cycles=1):
+    """The roles that so many cycles moved."""
     before = {role: snapshot(part) for role, part in parts(module).items()}
-    fit(module, tmp_path, 1)
-    assert [role for role, part in parts(module).items() if not same(before[role], snapshot(part))] == list(ROLES)
+    fit(module, folder, cycles)
+    return [role for role, part in parts(module).items() if not same(before[role], snapshot(part))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "roles"),
+    [
+        # DMD: no adversarial term, no policy
+        ({"discriminator": DiscriminatorSettings(weight=0.0), "grpo": GRPOSettings(weight=0.0)}, ROLES[:2]),
+        # DMD and GRPO with a fixed reward: nothing reads the discriminator
+        ({"discriminator": DiscriminatorSettings(weight=0.0), "rewards": [ImageReward(brightness)]}, ROLES[:2]),
+        # the policy alone
+        (
+            {
+                "distillation": DistillationSettings(weight=0.0),
+                "discriminator": DiscriminatorSettings(weight=0.0),
+                "rewards": [ImageReward(brightness)],
+            },
+            ROLES[:1],
+        ),
+    ],
+    ids=["dmd", "dmd + fixed reward", "fixed reward"],
+)
+def test_what_nothing_reads_is_not_trained(tmp_path, changes, roles):
+    module = tiny_module(**changes)
+    assert moved(module, tmp_path) == list(roles)
+    assert not any("discriminator" in name for name in module.last_metrics)
+    assert ("loss/fake_score" in module.last_metrics) == ("fake_score" in roles)
+
+
+def test_lambda_by_gradient_ratio(tmp_path):
+    module = tiny_module(grpo=GRPOSettings(group_size=4, micro_batch=8, gradient_ratio=0.5))
+    module.grpo_gate = 0.5
+    fit(module, tmp_path)
+    found = module.last_metrics
+    assert found["grad_norm/grpo"] == pytest.approx(0.25 * found["grad_norm/generator_without_grpo"], rel=1e-4)
+    assert found["grpo/lambda"] > 0
+
+
+def test_trained_steps_are_drawn_anew_and_alike_on_every_rank(monkeypatch):
+    module = tiny_module(num_steps=5, grpo=GRPOSettings(group_size=4, trained_steps=2))
+    drawn = []
+    for step in range(12):
+        monkeypatch.setattr(type(module), "global_step", step)
+        ranks = []
+        for rank in (0, 3):
+            monkeypatch.setattr(type(module), "global_rank", rank)
+            ranks.append(module._trained_steps())
+        assert ranks[0] == ranks[1]
+        drawn.append(ranks[0])
+    assert all(len(steps) == 2 and set(steps) <= {0, 1, 2, 3} for steps in drawn)
+    assert len(set(drawn)) > 3
+    module.grpo_gate = 0.0
+    assert module._trained_steps() == ()
 
 
 @pytest.mark.parametrize(
@@ -225,6 +292,14 @@ def test_every_choice_runs(tmp_path, changes):
         ({"transition": ODE()}, "`model.transition` = ODE.* no stochastic step"),
         ({"num_steps": 1}, "`model.num_steps` = 1 has no stochastic step"),
         ({"rewards": []}, "`model.rewards` is empty"),
+        (
+            {
+                "distillation": DistillationSettings(weight=0.0),
+                "discriminator": DiscriminatorSettings(weight=0.0),
+                "grpo": GRPOSettings(weight=0.0),
+            },
+            "nothing trains the generator",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes, message):
@@ -240,13 +315,20 @@ def test_settings_that_contradict_each_other_are_refused(changes, message):
         (DistillationSettings, "max_time", 1.0),
         (DistillationSettings, "time_shift", 0.0),
         (DistillationSettings, "normalizer_floor", 0.0),
+        (DistillationSettings, "weight", -1.0),
+        (DistillationSettings, "ambient_share", 1.5),
         (DiscriminatorSettings, "weight", -0.1),
+        (DiscriminatorSettings, "last_step", -0.1),
+        (DiscriminatorSettings, "mismatched", 1.0),
         (GRPOSettings, "weight", -1.0),
         (GRPOSettings, "group_size", 1),
         (GRPOSettings, "groups", 0),
         (GRPOSettings, "clip_range", 0.0),
         (GRPOSettings, "beta", -0.1),
         (GRPOSettings, "micro_batch", 0),
+        (GRPOSettings, "trained_steps", 0),
+        (GRPOSettings, "pathwise", -1.0),
+        (GRPOSettings, "gradient_ratio", 0.0),
         (GuidanceSettings, "updates", 0),
         (ClipSettings, "fake_score", 0.0),
     ],

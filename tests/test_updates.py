@@ -8,13 +8,17 @@ import torch
 from advdmd_lightning.equations import discriminator_loss, discriminator_score
 from advdmd_lightning.flow import CoefficientPreserving, FlowSDE, Renoising, add_noise
 from advdmd_lightning.rewards import ImageReward, Rollout, brightness
-from advdmd_lightning.settings import DistillationSettings, GRPOSettings
+from advdmd_lightning.rollout import replay
+from advdmd_lightning.settings import DiscriminatorSettings, DistillationSettings, GRPOSettings
 from advdmd_lightning.updates import (
+    Accuracy,
     critic_of,
     draw_times,
     generator_losses,
     guidance_loss,
+    pathwise_losses,
     policy_losses,
+    sample_metrics,
     trajectory_advantages,
 )
 from tests.training import CAPTIONS, rollout, tiny_backbone, tiny_module
@@ -98,14 +102,15 @@ def test_fake_score_and_teacher_features_agree_until_the_fake_score_has_moved(mo
     assert loss("fake_score") != pytest.approx(before, rel=1e-3)
 
 
-def test_discriminator_loss_is_that_of_separate_passes(module):
+@pytest.mark.parametrize("mismatched", [0.0, 0.3])
+def test_discriminator_loss_is_that_of_separate_passes(module, mismatched):
     """Generated and real latents share one pass; here each has its own, with the same draws."""
     samples = rollout(module.roles.generator, Renoising(), groups=3)
     real, words, critic = torch.randn_like(samples.x0), samples.condition, module.critic
-    real_words = tiny_backbone().encode_text([*CAPTIONS, "a circle", "a square"])
-    loss = guidance_loss(
-        module.roles, critic, samples, real, real_words, SETTINGS, torch.Generator().manual_seed(5)
-    ).discriminator
+    captions = [*CAPTIONS, "a circle", "a square"]
+    real_words = tiny_backbone().encode_text(captions)
+    settings, draws = DiscriminatorSettings(mismatched=mismatched), torch.Generator().manual_seed(5)
+    loss = guidance_loss(module.roles, critic, samples, real, real_words, SETTINGS, draws, settings)
 
     source, count = torch.Generator().manual_seed(5), samples.batch_size
     t, noise = draw_times(count, SETTINGS, real, source), torch.randn(real.shape, generator=source)
@@ -114,9 +119,16 @@ def test_discriminator_loss_is_that_of_separate_passes(module):
     states = samples.states[step, torch.arange(count)]
     fake = [(add_noise(samples.x0, noise, t), t, words), (states, levels, words)]
     true = [(add_noise(real, noise, t), t, real_words), (add_noise(real, other_noise, levels), levels, real_words)]
-    logits = [[critic.heads(critic.features(*one)) for one in side] for side in (true, fake)]
+    logits = [[critic.logits(*one) for one in side] for side in (true, fake)]
     joined = [[torch.cat(maps) for maps in zip(*side, strict=True)] for side in logits]
-    assert loss.item() == pytest.approx(discriminator_loss(*joined).item(), rel=1e-5)
+    neighbours = tiny_backbone().encode_text([captions[-1], *captions[:-1]])  # nobody keeps the own caption
+    wrong = critic.logits(add_noise(real, other_noise, levels), levels, neighbours)
+    assert loss.accuracies.keys() == {"real", "fake"} | ({"mismatched"} if mismatched else set())
+    expected = discriminator_loss(joined[0], joined[1])
+    if mismatched:
+        alone = discriminator_loss(joined[0], wrong)
+        expected = (1 - mismatched) * expected + mismatched * alone
+    assert loss.discriminator.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_discriminator_learns_to_tell_two_distributions_apart(module, source):
@@ -130,9 +142,38 @@ def test_discriminator_learns_to_tell_two_distributions_apart(module, source):
         optimizer.zero_grad()
         loss.discriminator.backward(inputs=list(module.discriminator.parameters()))
         optimizer.step()
-        accuracy.append(float(loss.accuracy_real + loss.accuracy_fake) / 2)
+        accuracy.append(float(loss.accuracies["real"].mean + loss.accuracies["fake"].mean) / 2)
     assert sum(accuracy[:5]) / 5 < 0.7
     assert sum(accuracy[-10:]) / 10 > 0.8
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_the_fake_score_learns_from_noisy_states_at_later_times(module, source, share):
+    samples = rollout(module.roles.generator, Renoising(), groups=4)
+    settings = DistillationSettings(ambient_share=share)
+    loss = guidance_loss(module.roles, None, samples, samples.x0, samples.condition, settings, source)
+    assert torch.isfinite(loss.fake_score)
+    assert float(loss.discriminator) == 0
+    assert size(gradients(loss.fake_score, module.roles.fake_score.parameters())) > 0
+
+
+def test_accuracy_counts_per_step():
+    logits = [torch.tensor([3.0, -1.0, 2.0, -4.0]).view(4, 1, 1, 1)]
+    judged = Accuracy.of(logits, True, torch.tensor([0, 2, 2, 3]), 3)
+    assert judged.count.tolist() == [1, 0, 2, 1]
+    assert judged.right.tolist() == [1, 0, 1, 0]
+    assert float(judged.mean) == 0.5
+    both = judged + Accuracy.of(logits, False, torch.tensor([0, 1, 1, 1]), 3)
+    assert both.per_step.tolist() == [0.5, pytest.approx(2 / 3), 0.5, 0.0]
+
+
+def test_spread_falls_to_zero_with_a_collapse():
+    samples = rollout(lambda x_t, t, condition: x_t, Renoising(), group_size=4)
+    healthy = sample_metrics(samples, samples.x0)
+    assert float(healthy["samples/spread"]) == pytest.approx(1.0)
+    assert 0.5 < float(healthy["samples/diversity"]) < 1.2
+    collapsed = rollout(lambda x_t, t, condition: x_t / t[0], Renoising(), group_size=4, num_steps=1)
+    assert float(sample_metrics(collapsed, samples.x0)["samples/spread"]) == pytest.approx(0.0, abs=1e-6)
 
 
 # ---------------------------------------------------------------- generator: DMD and adversarial
@@ -142,19 +183,21 @@ def test_dmd_vanishes_where_fake_score_and_teacher_agree(module, source, empty):
     samples = rollout(module.roles.generator, Renoising())
     without_guidance = DistillationSettings(guidance_scale=1.0)
     arguments = (module.critic, samples, empty)
-    equal = generator_losses(module.roles, *arguments, without_guidance, False, source)
+    no_adversary = DiscriminatorSettings(weight=0.0)
+    equal = generator_losses(module.roles, *arguments, without_guidance, no_adversary, source)
     assert float(equal.dmd) == pytest.approx(0.0, abs=1e-9)
     assert float(equal.adversarial) == 0
-    guided = generator_losses(module.roles, *arguments, SETTINGS, False, source)
+    guided = generator_losses(module.roles, *arguments, SETTINGS, no_adversary, source)
     assert float(guided.dmd) > 1e-5
 
 
 @pytest.mark.parametrize("features", ["fake_score", "teacher"])
 def test_generator_losses_reach_the_generator(module, source, empty, features):
     critic = critic_of(module.roles, module.discriminator, features)
-    samples = rollout(module.roles.generator, Renoising())
-    loss = generator_losses(module.roles, critic, samples, empty, SETTINGS, True, source)
-    for term in (loss.dmd, loss.adversarial):
+    samples = rollout(module.roles.generator, Renoising(), groups=4, group_size=4)  # some start at the last step
+    heads = DiscriminatorSettings(weight=0.03, last_step=0.03)
+    loss = generator_losses(module.roles, critic, samples, empty, SETTINGS, heads, source)
+    for term in (loss.dmd, loss.adversarial, loss.last_step):
         assert size(gradients(term, module.generator.parameters())) > 0
     others = [*module.roles.fake_score.parameters(), *module.discriminator.parameters()]
     assert size(gradients(loss.dmd, others)) == 0
@@ -173,7 +216,7 @@ def test_adversarial_term_drives_the_generator_towards_what_the_discriminator_ca
     before = score()
     for step in range(15):
         samples = rollout(roles.generator, Renoising(), groups=4, group_size=2, seed=step)
-        loss = generator_losses(roles, critic, samples, empty, SETTINGS, True, source)
+        loss = generator_losses(roles, critic, samples, empty, SETTINGS, DiscriminatorSettings(), source)
         optimizer.zero_grad()
         loss.adversarial.backward(inputs=list(module.generator.parameters()))
         optimizer.step()
@@ -235,6 +278,33 @@ def test_kl_to_the_reference_has_a_gradient(module):
     assert kl > 0
     assert slope > 0
     assert gradient(1.0)[1] == pytest.approx(2 * slope, rel=1e-4)
+
+
+def test_pathwise_gradient_is_that_of_the_reward_through_the_step(module):
+    """Against finite differences of the discriminator's reward along the gradient itself."""
+    generator, critic, transition = module.roles.generator, module.critic, Renoising()
+    samples = rollout(generator, transition, group_size=4)
+    parameters, everyone = list(generator.parameters()), slice(0, samples.batch_size)
+    means = [replay(generator, transition, samples, k, everyone).mean.detach() for k in range(3)]
+
+    def reward():
+        """The reward of the states that the same noise leads to."""
+        scores = []
+        for k, mean in enumerate(means):
+            state = samples.states[k + 1] + replay(generator, transition, samples, k, everyone).mean - mean
+            t = samples.times[k + 1].expand(len(state))
+            scores.append(discriminator_score(critic.score(state.detach(), t, samples.condition, 8)).mean())
+        return sum(scores) / len(scores)
+
+    loss = sum(pathwise_losses(generator, critic, transition, samples, 3))
+    assert float(loss) == pytest.approx(-float(reward()), rel=1e-5)
+    slope = gradients(-loss, parameters)
+    before, step = float(reward()), 1e-3 / size(slope) ** 2
+    with torch.no_grad():
+        for parameter, g in zip(parameters, slope, strict=True):
+            if g is not None:
+                parameter.add_(step * g)
+    assert (float(reward()) - before) / step == pytest.approx(size(slope) ** 2, rel=0.1)
 
 
 @pytest.mark.slow

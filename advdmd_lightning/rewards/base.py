@@ -40,7 +40,12 @@ class Reward(ABC):
 
     Args:
         weight: its weight in the sum.
+
+    Attributes:
+        reads_discriminator: whether it needs the discriminator, which is trained only where something reads it.
     """
+
+    reads_discriminator: bool = False
 
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight

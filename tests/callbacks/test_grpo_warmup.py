@@ -8,7 +8,8 @@ import lightning as L
 import pytest
 
 from advdmd_lightning.callbacks import GRPOWarmup
-from advdmd_lightning.settings import GRPOSettings
+from advdmd_lightning.rewards import ImageReward, brightness
+from advdmd_lightning.settings import DiscriminatorSettings, GRPOSettings
 from tests.training import fit, tiny_module
 
 
@@ -101,3 +102,9 @@ def test_settings_without_effect_warn(tmp_path):
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         GRPOWarmup(**settings)
+
+
+def test_a_band_without_a_discriminator_is_refused(tmp_path):
+    module = tiny_module(discriminator=DiscriminatorSettings(weight=0.0), rewards=[ImageReward(brightness)])
+    with pytest.raises(ValueError, match="accuracy_band .* nothing reads the discriminator"):
+        run(tmp_path, 1, module=module, start=0, accuracy_band=(0.5, 0.9))

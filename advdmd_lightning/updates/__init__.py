@@ -1,0 +1,31 @@
+"""What each update of a cycle minimises: the equations, applied to the roles on one rollout."""
+
+from advdmd_lightning.updates.critic import Accuracy, Critic, critic_of
+from advdmd_lightning.updates.draws import draw_times
+from advdmd_lightning.updates.generator import GeneratorLoss, generator_losses
+from advdmd_lightning.updates.gradients import add_gradients, gradient_norm, take_gradients
+from advdmd_lightning.updates.guidance import GuidanceLoss, guidance_loss, real_score_loss
+from advdmd_lightning.updates.measures import MeanMetrics, accuracy_metrics, reward_metrics, sample_metrics
+from advdmd_lightning.updates.policy import pathwise_losses, policy_losses, trajectory_advantages
+
+__all__ = [
+    "Accuracy",
+    "Critic",
+    "GeneratorLoss",
+    "GuidanceLoss",
+    "MeanMetrics",
+    "accuracy_metrics",
+    "add_gradients",
+    "critic_of",
+    "draw_times",
+    "generator_losses",
+    "gradient_norm",
+    "guidance_loss",
+    "pathwise_losses",
+    "policy_losses",
+    "real_score_loss",
+    "reward_metrics",
+    "sample_metrics",
+    "take_gradients",
+    "trajectory_advantages",
+]

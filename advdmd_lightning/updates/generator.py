@@ -1,0 +1,106 @@
+"""The generator's losses on its own predictions: distribution matching and the adversarial term."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from advdmd_lightning.backbones.roles import Role, Roles
+from advdmd_lightning.equations import adversarial_loss, dmd_loss, guided_velocity
+from advdmd_lightning.flow import add_noise, x0_from_velocity
+from advdmd_lightning.records import Condition, Trajectory
+from advdmd_lightning.settings import DiscriminatorSettings, DistillationSettings
+from advdmd_lightning.updates.critic import Critic
+from advdmd_lightning.updates.draws import draw_steps, draw_times, noise_like, states_at
+
+
+@dataclass(frozen=True)
+class GeneratorLoss:
+    """Losses of the generator on one prediction, 0-d each; 0 where their weight is 0.
+
+    Attributes:
+        dmd: (3.1).
+        adversarial: (3.8), on re-noised predictions.
+        last_step: (3.8), on the images with which the rollout would end.
+        x0: the predictions, (B, C, H, W), with autograd history; they keep their gradient.
+        x0_gradient: gradient of the DMD loss in x0, (B, C, H, W).
+    """
+
+    dmd: Tensor
+    adversarial: Tensor
+    last_step: Tensor
+    x0: Tensor
+    x0_gradient: Tensor
+
+    def gradient_norms(self, dmd_weight: float) -> dict[str, Tensor]:
+        """Norms of the terms' weighed gradients in x0, after the backward pass: what pulls how hard.
+
+        Args:
+            dmd_weight: weight of the DMD term; the adversarial ones are what remains.
+        """
+        total = self.x0.grad
+        assert total is not None, "before the backward pass"
+        dmd = dmd_weight * self.x0_gradient
+        return {"grad_norm/x0_dmd": dmd.norm(), "grad_norm/x0_adversarial": (total - dmd).norm()}
+
+
+def generator_losses(
+    roles: Roles,
+    critic: Critic | None,
+    trajectory: Trajectory,
+    empty: Condition,
+    distillation: DistillationSettings,
+    discriminator: DiscriminatorSettings,
+    generator: torch.Generator,
+) -> GeneratorLoss:
+    """DMD loss (3.1) and adversarial loss (3.8) of one-pass predictions from random states of the rollout.
+
+    Args:
+        roles: the three roles; gradients reach the generator, through the frozen fake score and heads.
+        critic: the discriminator; None where nothing reads it.
+        trajectory: B generated samples; each starts from a state of its own, k uniform in [0, K).
+        empty: condition of the empty caption, for the real score's guidance.
+        distillation: guidance, the draw of t, the normaliser's floor.
+        discriminator: which adversarial terms are wanted; one without weight costs nothing.
+        generator: source of noise, times and steps.
+    """
+    condition, count = trajectory.condition, trajectory.batch_size
+    step = draw_steps(0, trajectory.num_steps - 1, count, trajectory.x0, generator)
+    x_k, t_k = states_at(trajectory, step), trajectory.times[step]
+    x0 = x0_from_velocity(x_k, roles.generator(x_k, t_k, condition), t_k)
+
+    t, noise = draw_times(count, distillation, x0, generator), noise_like(x0, generator)
+    x_t = add_noise(x0, noise, t)
+    still, fake_velocity = x_t.detach(), None
+    dmd = adversarial = last_step = x0.new_zeros(())
+    x0_gradient = torch.zeros_like(x0)
+    if critic is not None and discriminator.weight:
+        fake_velocity, features = critic.velocity_and_features(roles.fake_score, x_t, t, condition)
+        adversarial = adversarial_loss(critic.heads(features))
+    if critic is not None and discriminator.last_step:
+        last = (step == trajectory.num_steps - 1).nonzero().flatten()
+        if len(last):
+            last_step = adversarial_loss(critic.logits(x0[last], torch.zeros_like(t[last]), condition[last]))
+    if distillation.weight:
+        if fake_velocity is None:
+            with torch.no_grad():
+                fake_velocity = roles.fake_score(still, t, condition)
+        real_velocity = _guided_teacher(roles.teacher, still, t, condition, empty, distillation.guidance_scale)
+        x0_real = x0_from_velocity(still, real_velocity, t)
+        x0_fake = x0_from_velocity(still, fake_velocity.detach(), t)
+        dmd = dmd_loss(x0, x0_real, x0_fake, distillation.normalizer_floor)
+        (x0_gradient,) = torch.autograd.grad(dmd, x0, retain_graph=True)
+    x0.retain_grad()
+    return GeneratorLoss(dmd, adversarial, last_step, x0, x0_gradient)
+
+
+@torch.no_grad()
+def _guided_teacher(
+    teacher: Role, x_t: Tensor, t: Tensor, condition: Condition, empty: Condition, scale: float
+) -> Tensor:
+    """The teacher's velocity with classifier-free guidance, both halves in one pass."""
+    both = Condition.cat([condition, empty.repeat_interleave(len(x_t))])
+    cond, uncond = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    return guided_velocity(cond, uncond, scale)

@@ -1,0 +1,142 @@
+"""The joint update of fake score and discriminator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from advdmd_lightning.backbones.roles import Role, Roles
+from advdmd_lightning.equations import ambient_score_loss, discriminator_loss, fake_score_loss
+from advdmd_lightning.flow import add_noise, renoise
+from advdmd_lightning.records import Condition, Trajectory
+from advdmd_lightning.settings import DiscriminatorSettings, DistillationSettings
+from advdmd_lightning.updates.critic import Accuracy, Critic
+from advdmd_lightning.updates.draws import draw_steps, draw_times, noise_like, states_at
+
+
+@dataclass(frozen=True)
+class GuidanceLoss:
+    """Losses of one joint update, and how well the discriminator tells its samples apart.
+
+    Attributes:
+        fake_score: (3.2), 0-d.
+        discriminator: (3.7), 0-d; 0 without a discriminator.
+        accuracies: on ``real`` samples, ``fake`` ones, and real images under wrong captions, ``mismatched``; those that
+            there are.
+    """
+
+    fake_score: Tensor
+    discriminator: Tensor
+    accuracies: Mapping[str, Accuracy] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Regression:
+    """What the fake score learns in one update: to denoise x_t, (B, C, H, W), at t, (B,).
+
+    The first of the samples, as many as ``x_s`` has, were noised from a state x_s of the rollout at time s, the others
+    from the final x0.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    noise: Tensor
+    x0: Tensor
+    x_s: Tensor
+    s: Tensor
+
+    def loss(self, velocity: Tensor) -> Tensor:
+        """Return the mean over all samples, 0-d."""
+        n, count = len(self.x_s), len(self.x0)
+        if not n:
+            return fake_score_loss(velocity, self.x0, self.noise)
+        noisy = ambient_score_loss(velocity[:n], self.x_s, self.noise[:n], self.s, self.t[:n])
+        clean = fake_score_loss(velocity[n:], self.x0[n:], self.noise[n:]) if n < count else 0.0
+        return (n * noisy + (count - n) * clean) / count
+
+
+def guidance_loss(
+    roles: Roles,
+    critic: Critic | None,
+    trajectory: Trajectory,
+    real: Tensor,
+    real_condition: Condition,
+    settings: DistillationSettings,
+    generator: torch.Generator,
+    discriminator: DiscriminatorSettings = DiscriminatorSettings(),  # noqa: B008  (frozen)
+) -> GuidanceLoss:
+    """Joint loss of the fake score (3.2) and the discriminator (3.7).
+
+    The discriminator sees, half and half, re-noised generations and the rollout's own states at their own levels (the
+    final image included), and real latents at the same levels; the re-noised pair shares its noise.
+
+    Args:
+        roles: the three roles; gradients reach the fake score.
+        critic: the discriminator; gradients reach its heads alone. None where nothing reads it: then it costs nothing.
+        trajectory: B generated samples.
+        real: (B, C, H, W) latents of real images.
+        real_condition: their captions.
+        settings: the draw of t, the share of ambient targets.
+        generator: source of noise and times.
+        discriminator: the share of mismatched captions.
+    """
+    condition, task = trajectory.condition, _regression(trajectory, settings, generator)
+    if critic is None:
+        velocity = roles.fake_score(task.x_t, task.t, condition)
+        return GuidanceLoss(task.loss(velocity), velocity.new_zeros(()))
+    velocity, renoised = critic.velocity_and_features(roles.fake_score, task.x_t, task.t, condition)
+    count, num_steps = trajectory.batch_size, trajectory.num_steps
+    step = draw_steps(1, num_steps, count, real, generator)
+    states, levels = states_at(trajectory, step), trajectory.times[step]
+    real_states = add_noise(real, noise_like(real, generator), levels)
+    inputs = [
+        (states, levels, condition),
+        (add_noise(real, task.noise, task.t), task.t, real_condition),
+        (real_states, levels, real_condition),
+    ]
+    if discriminator.mismatched:
+        inputs.append((real_states, levels, real_condition[torch.arange(count, device=real.device).roll(1)]))
+    x_t, t, conditions = zip(*inputs, strict=True)
+    with torch.no_grad():  # one pass for what is generated, at its own levels, and for the real latents at both
+        maps = critic.features(torch.cat(x_t), torch.cat(t), Condition.cat(conditions))
+    fake_maps = [torch.cat([a.detach(), b[:count]]) for a, b in zip(renoised, maps, strict=True)]
+    fake_logits = critic.heads(fake_maps)
+    real_logits = critic.heads([each[count : 3 * count] for each in maps])
+    wrong_logits = critic.heads([each[3 * count :] for each in maps]) if discriminator.mismatched else None
+    steps = torch.cat([torch.zeros_like(step), step])
+    accuracies = {
+        "real": Accuracy.of(real_logits, True, steps, num_steps),
+        "fake": Accuracy.of(fake_logits, False, steps, num_steps),
+    }
+    if wrong_logits is not None:
+        accuracies["mismatched"] = Accuracy.of(wrong_logits, False, step, num_steps)
+    return GuidanceLoss(
+        fake_score=task.loss(velocity),
+        discriminator=discriminator_loss(real_logits, fake_logits, wrong_logits, discriminator.mismatched),
+        accuracies=accuracies,
+    )
+
+
+@torch.no_grad()
+def real_score_loss(
+    fake_score: Role, real: Tensor, condition: Condition, settings: DistillationSettings, generator: torch.Generator
+) -> Tensor:
+    """Return the fake score's loss (3.2) on real latents, 0-d: beside that on generated ones, a sign of health."""
+    t, noise = draw_times(len(real), settings, real, generator), noise_like(real, generator)
+    return fake_score_loss(fake_score(add_noise(real, noise, t), t, condition), real, noise)
+
+
+def _regression(trajectory: Trajectory, settings: DistillationSettings, generator: torch.Generator) -> _Regression:
+    """Draw times and noise; the first ``ambient_share`` of the samples start from a noisy state."""
+    x0, count = trajectory.x0, trajectory.batch_size
+    t, noise = draw_times(count, settings, x0, generator), noise_like(x0, generator)
+    x_t, n = add_noise(x0, noise, t), round(settings.ambient_share * count)
+    if not n:
+        return _Regression(x_t, t, noise, x0, x0[:0], t[:0])
+    step = draw_steps(1, trajectory.num_steps - 1, n, x0, generator)
+    x_s, s = states_at(trajectory, step), trajectory.times[step]
+    t = torch.cat([s + (1 - s) * t[:n], t[n:]])
+    return _Regression(torch.cat([renoise(x_s, noise[:n], s, t[:n]), x_t[n:]]), t, noise, x0, x_s, s)
