@@ -57,8 +57,8 @@ class GRPOWarmup(L.Callback):
         """Warn where the settings have no effect."""
         if self.accuracy_band is not None and pl_module.critic is None:
             raise ValueError(
-                f"init_args.accuracy_band of GRPOWarmup is {self.accuracy_band}, but nothing reads the discriminator, so "
-                "none is trained: set it to null, or give model.discriminator.weight or a DiscriminatorReward."
+                f"init_args.accuracy_band of GRPOWarmup is {self.accuracy_band}, but nothing reads the discriminator, "
+                "so none is trained: set it to null, or give model.discriminator.weight or a DiscriminatorReward."
             )
         if not pl_module.grpo.weight:
             rank_zero_warn("GRPOWarmup has no effect, because model.grpo.weight is 0: set a weight, or remove it.")
