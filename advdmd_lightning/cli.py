@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import diffusers
+import lightning as L
 import transformers
 from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -53,11 +55,12 @@ class AdvDMDCLI(LightningCLI):
         return parser
 
 
-def run(args: list[str] | None = None) -> AdvDMDCLI:
+def run(args: list[str] | None = None, callbacks: Sequence[L.Callback] = ()) -> AdvDMDCLI:
     """Run ``advdmd`` from Python.
 
     Args:
         args: Words of the command line after ``advdmd``; None takes those of the process.
+        callbacks: Callbacks after those of the recipe.
 
     Returns:
         The finished command: its ``trainer``, ``model`` and ``datamodule`` are attributes.
@@ -70,6 +73,7 @@ def run(args: list[str] | None = None) -> AdvDMDCLI:
         AdvDMDModule,
         ImageCaptionDataModule,
         args=args,
+        trainer_defaults={"callbacks": list(callbacks)},
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},  # a resumed run writes its config into the same folder
         auto_configure_optimizers=False,  # the module receives its three optimizers as callables

@@ -1,0 +1,1 @@
+"""The replication study: does every part of the method earn its place? See ``benchmarks/replication.py``."""
