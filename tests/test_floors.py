@@ -13,14 +13,16 @@ PACKAGE = "advdmd_lightning"
 # Folders of the repository, and the packages that they are.
 FOLDERS = {PACKAGE: PACKAGE, f"{PACKAGE}.callbacks": "callbacks", f"{PACKAGE}.configs": "configs"}
 
-# The floor of each room (a folder with its files, or a single file). A file that stands higher or lower than its room
-# has its own line. Two rooms on one floor do not import each other; the ground floor is one room.
+# The floor of each room (a folder with its files, or a single file). A file or folder that stands higher or lower than
+# its room has its own line. Two rooms on one floor do not import each other; the ground floor is one room.
 FLOORS = {
     "equations": 0,
     "flow": 0,
     "records": 0,
     "recipes": 0,
     "settings": 0,
+    "embedded": 0,
+    "clip": 0,
     "configs": 0,
     "discriminator": 1,
     "rewards": 1,
@@ -92,11 +94,13 @@ def room_of(name: str) -> str:
 
 
 def floor_of(name: str) -> int:
-    """Floor of a file: its own line in the table, else its room's; a room's ``__init__`` is as high as its room."""
+    """Floor of a file: its own line in the table, else its folder's; a room's ``__init__`` is as high as its room."""
     room = room_of(name)
     if name and FILES[name].name == "__init__.py":
         return max(floor for key, floor in FLOORS.items() if room_of(key) == room and floor < FLOORS["cli"])
-    return FLOORS[name] if name in FLOORS else FLOORS[room]
+    while name not in FLOORS:  # the folders that the file lies in, the innermost first
+        name = name.rpartition(".")[0]
+    return FLOORS[name]
 
 
 def is_allowed(importer: str, imported: str) -> bool:

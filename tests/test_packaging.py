@@ -73,8 +73,9 @@ def packages_on_disk() -> set[str]:
 
 def data_on_disk() -> set[str]:
     """Files that an installation must have besides the Python sources, as paths inside the package."""
-    teacher = ROOT / "advdmd_lightning" / "shapes" / "teacher"
-    found = {path.relative_to(ROOT / "advdmd_lightning").as_posix() for path in teacher.rglob("*") if path.is_file()}
+    package = ROOT / "advdmd_lightning"
+    models = [path for name in ("teacher", "clip") for path in (package / "shapes" / name).rglob("*") if path.is_file()]
+    found = {path.relative_to(package).as_posix() for path in models}
     return found | {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} | {"py.typed"}
 
 

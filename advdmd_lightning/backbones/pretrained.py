@@ -1,11 +1,9 @@
-"""Where a pretrained pipeline lives, and whether it is of the right family."""
+"""Whether a pretrained pipeline is of the right family."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -17,8 +15,6 @@ from transformers.utils import logging as transformers_logging
 KEY = "backbone.init_args.pretrained"
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 """What ``from_pretrained`` of the installed diffusers calls its dtype."""
-EMBEDDED = {"embedded://shapes": ("shapes", "teacher")}
-"""Names of the pipelines inside this package, and their folders below it."""
 
 
 @contextmanager
@@ -32,39 +28,11 @@ def without_notices() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def locate(pretrained: str) -> str:
-    """Turn a name into what ``from_pretrained`` takes.
-
-    Args:
-        pretrained: A folder, a hub id, or ``embedded://shapes``, the teacher inside this package.
-
-    Returns:
-        The folder (with ``~`` and ``embedded://`` resolved), or the hub id as it came.
-
-    Raises:
-        ValueError: An unknown ``embedded://`` name, or one whose folder is not there.
-    """
-    if not pretrained.startswith("embedded://"):
-        folder = Path(pretrained).expanduser()
-        return str(folder) if folder.is_dir() else pretrained
-    if pretrained not in EMBEDDED:
-        raise ValueError(
-            f"{KEY}: got {pretrained!r}, but the embedded pipelines are {sorted(EMBEDDED)}. Use one of them."
-        )
-    folder = Path(str(resources.files("advdmd_lightning").joinpath(*EMBEDDED[pretrained])))
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"{KEY}: {pretrained!r} stands for the pipeline folder {folder}, which is not there. A complete wheel or "
-            "checkout contains it: reinstall the package, or train the teacher anew with the recipe in the README."
-        )
-    return str(folder)
-
-
 def read_index(pretrained: str, revision: str | None, expected: str) -> dict[str, Any]:
     """Read the index of a pipeline and check its class before anything heavy is loaded.
 
     Args:
-        pretrained: A folder or hub id, as ``locate`` returns it.
+        pretrained: A folder or hub id, as ``embedded.locate`` returns it.
         revision: Branch, tag or commit of a hub id.
         expected: Name of the pipeline class that the backbone wraps.
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from advdmd_lightning.backbones.base import Backbone
-from advdmd_lightning.backbones.pretrained import DTYPE_ARGUMENT, locate, read_index, without_notices
+from advdmd_lightning.backbones.pretrained import DTYPE_ARGUMENT, KEY, read_index, without_notices
 from advdmd_lightning.backbones.taps import check_blocks, tap
+from advdmd_lightning.embedded import locate
 from advdmd_lightning.equations import at_least_float32
 from advdmd_lightning.records import Condition
 
@@ -60,7 +61,7 @@ class SD3Backbone(Backbone):
         shift: float | None = None,
         dtype: FrozenDtype = "float32",
     ) -> None:
-        source = locate(pretrained)
+        source = locate(pretrained, KEY)
         index = read_index(source, revision, StableDiffusion3Pipeline.__name__)
         with_t5 = load_t5 and index["text_encoder_3"][0] is not None
         pipeline = _load_pipeline(source, revision, with_t5, getattr(torch, dtype))

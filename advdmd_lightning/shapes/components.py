@@ -1,4 +1,4 @@
-"""The parts of the embedded teacher's pipeline: real diffusers and transformers classes at the smallest useful size."""
+"""The parts of the embedded teacher and of the embedded CLIP: real diffusers and transformers classes, very small."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from tempfile import TemporaryDirectory
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from advdmd_lightning.shapes.grammar import WORDS
 from advdmd_lightning.shapes.render import IMAGE_SIZE
@@ -20,6 +28,7 @@ from advdmd_lightning.shapes.render import IMAGE_SIZE
 MAX_TOKENS = 11  # "a red circle left of a blue square on gray" and its two markers
 TEXT_WIDTH = 48
 LATENT_CHANNELS = 16
+CLIP_WIDTH = 64
 SHIFT = 1.5  # SD3 has 3 at 1024x1024: the fewer the latent values, the less noise hides a layout (O)
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -139,3 +148,36 @@ def build_transformer(layers: int = 4, heads: int = 3, head_width: int = 32) -> 
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """Build the scheduler of the stock pipeline, with a time shift for small images."""
     return FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+
+
+def build_clip() -> CLIPModel:
+    """Build the embedded CLIP: images of 24×24 in 37 tokens, texts of at most MAX_TOKENS, embeddings of CLIP_WIDTH."""
+    tokenizer = build_tokenizer()
+    tower = {
+        "hidden_size": CLIP_WIDTH,
+        "intermediate_size": 4 * CLIP_WIDTH,
+        "num_attention_heads": 4,
+        "projection_dim": CLIP_WIDTH,
+    }
+    text = {
+        **tower,
+        "num_hidden_layers": 2,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": MAX_TOKENS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {**tower, "num_hidden_layers": 4, "image_size": IMAGE_SIZE, "patch_size": 4}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=CLIP_WIDTH))
+
+
+def build_clip_processor() -> CLIPProcessor:
+    """Build its processor: pixels in [0, 1] to [-1, 1], resized without cropping; in PIL, not torchvision."""
+    image_processor = CLIPImageProcessorPil(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        do_center_crop=False,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    return CLIPProcessor(image_processor, build_tokenizer())
