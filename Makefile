@@ -50,7 +50,7 @@ format: setup  ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-teacher: setup  ## train the embedded teacher again (an hour or two on 2 cores)
+teacher: setup  ## train the embedded teacher and CLIP again (an hour or two on 2 cores)
 	$(BIN)/python -m advdmd_lightning.shapes.pretrain
 
 clean:  ## remove .venv, caches and build products (runs/ stays)

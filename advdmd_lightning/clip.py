@@ -16,12 +16,18 @@ from transformers.utils import logging as transformers_logging
 from advdmd_lightning.embedded import locate
 
 
+def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (B, 3, H, W) in [0, 1] to ``size``, cut to [0, 1]."""
+    return F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """What CLIP's image processor does, for tensors: resize (antialiased bicubic), centre-crop, normalise.
 
     Without a change of size it equals the processor's on the same 8-bit image; with one, up to the rounding to 8 bits
-    that the processor does in between.
+    that Pillow does after each of its two passes. (Of images that are not square it may do the columns first, which
+    matters by some levels where bicubic overshoots black or white.)
 
     Attributes:
         size: (height, width) to resize to, or one number: of the shorter edge, the aspect ratio kept; ``None``: leave.
@@ -51,9 +57,11 @@ class Preprocessing:
     def __call__(self, images: Tensor) -> Tensor:
         """Turn images (B, 3, H, W) in [-1, 1] into CLIP's pixel values (B, 3, h, w) in float32; differentiable."""
         pixels = images.float().clamp(-1, 1) / 2 + 0.5
-        size = self._target(pixels.shape[-2], pixels.shape[-1])
-        if size != tuple(pixels.shape[-2:]):
-            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        size = height, width = self._target(pixels.shape[-2], pixels.shape[-1])
+        if width != pixels.shape[-1]:  # Pillow's order: rows first, and what overshoots is cut off before the columns
+            pixels = _resize(pixels, (pixels.shape[-2], width))
+        if height != pixels.shape[-2]:
+            pixels = _resize(pixels, size)
         if self.crop is not None:
             top, left = ((have - keep) // 2 for have, keep in zip(size, self.crop, strict=True))
             pixels = pixels[..., top : top + self.crop[0], left : left + self.crop[1]]

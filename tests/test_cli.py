@@ -71,3 +71,32 @@ def test_every_recipe_parses(name, capsys):
         cli.main(["fit", "--config", name, "--print_config"])
     assert stop.value.code in (0, None)
     assert "model:" in capsys.readouterr().out
+
+
+REWARDS = """
+model:
+  rewards:
+    - class_path: advdmd_lightning.rewards.CLIPScoreReward
+      init_args: {pretrained: "embedded://shapes-clip", weight: 0.5, micro_batch: 32}
+    - class_path: advdmd_lightning.rewards.ImageReward
+      init_args: {function: advdmd_lightning.rewards.brightness}
+    - class_path: advdmd_lightning.rewards.ImageReward
+      init_args: {function: advdmd_lightning.rewards.sharpness, weight: 0.1}
+    - class_path: advdmd_lightning.rewards.DiscriminatorReward
+"""
+
+
+def test_rewards_come_from_yaml(tmp_path):
+    config = tmp_path / "rewards.yaml"
+    config.write_text(REWARDS)
+    parsed = cli.AdvDMDCLI(
+        cli.AdvDMDModule,
+        cli.ImageCaptionDataModule,
+        args=["--config", "shapes_4step", "--config", str(config), f"--trainer.default_root_dir={tmp_path}"],
+        run=False,
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+    )
+    found = [(reward.name, reward.weight) for reward in parsed.model.rewards]
+    assert found == [("clip_score", 0.5), ("brightness", 1.0), ("sharpness", 0.1), ("discriminator", 1.0)]
+    assert parsed.model.rewards[0].micro_batch == 32

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from advdmd_lightning.rewards.base import Reward, Rollout
 
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in the luminance (ITU-R BT.601)."""
+
 
 class ImageReward(Reward):
     """A plain function of images and captions.
@@ -50,3 +53,24 @@ class ImageReward(Reward):
 def brightness(images: Tensor, captions: Sequence[str]) -> Tensor:
     """Mean brightness in [0, 1], (B,): a deliberately biased reward, to show what reward hacking looks like."""
     return images.mean((1, 2, 3)) / 2 + 0.5
+
+
+def sharpness(images: Tensor, captions: Sequence[str]) -> Tensor:
+    """Mean absolute Laplacian of the luminance, (B,), in [0, 4]: a quality measure without reference (O).
+
+    0 = flat, 4 = a checkerboard of black and white pixels. It rises with crisp edges, and with noise: whoever is
+    rewarded by it alone learns to add noise.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1], at least 3 x 3 pixels.
+        captions: not looked at.
+
+    Example:
+        >>> flat, checkers = torch.ones(8, 8), (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
+        >>> [round(x, 3) for x in sharpness(torch.stack([flat, checkers])[:, None].expand(-1, 3, -1, -1), ()).tolist()]
+        [0.0, 4.0]
+    """
+    luma = torch.einsum("bchw,c->bhw", images / 2 + 0.5, images.new_tensor(LUMA))
+    inner = luma[:, 1:-1, 1:-1]
+    laplacian = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:] - 4 * inner
+    return laplacian.abs().mean((1, 2))

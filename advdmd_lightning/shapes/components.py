@@ -25,7 +25,7 @@ from transformers import (
 from advdmd_lightning.shapes.grammar import WORDS
 from advdmd_lightning.shapes.render import IMAGE_SIZE
 
-MAX_TOKENS = 11  # "a red circle left of a blue square on gray" and its two markers
+MAX_TOKENS = 11  # "a red circle and a blue square on gray" and its two markers
 TEXT_WIDTH = 48
 LATENT_CHANNELS = 16
 CLIP_WIDTH = 64

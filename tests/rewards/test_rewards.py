@@ -7,8 +7,9 @@ import torch
 
 from advdmd_lightning.equations import discriminator_score, group_advantages
 from advdmd_lightning.flow import Renoising
-from advdmd_lightning.rewards import DiscriminatorReward, ImageReward, Rollout, brightness
+from advdmd_lightning.rewards import DiscriminatorReward, ImageReward, Rollout, brightness, sharpness
 from advdmd_lightning.settings import GRPOSettings
+from advdmd_lightning.shapes.stream import draw_batch
 from advdmd_lightning.updates import trajectory_advantages
 from tests.training import CAPTIONS, rollout, tiny_backbone, tiny_module
 
@@ -107,3 +108,22 @@ def test_names():
 def test_brightness_runs_from_black_to_white():
     images = torch.stack([torch.full((3, 2, 2), value) for value in (-1.0, 0.0, 1.0)])
     assert brightness(images, ["", "", ""]).tolist() == [0.0, 0.5, 1.0]
+
+
+def test_sharpness_is_the_mean_absolute_laplacian_of_the_luminance():
+    """By torch's convolution, on pixels in [0, 1]; the luminance is Pillow's."""
+    images = torch.rand(3, 3, 9, 7) * 2 - 1
+    gray = (images / 2 + 0.5).mul(torch.tensor([299.0, 587.0, 114.0])[:, None, None] / 1000).sum(1, keepdim=True)
+    kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])[None, None]
+    expected = torch.nn.functional.conv2d(gray, kernel).abs().mean((1, 2, 3))
+    torch.testing.assert_close(sharpness(images, ()), expected)
+
+
+def test_sharpness_falls_with_blur_and_rises_with_noise():
+    images = draw_batch(16, seed=0, index=0)["image"]
+    blurred = torch.nn.functional.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
+    noisy = (images + 0.3 * torch.randn_like(images)).clamp(-1, 1)
+    low, middle, high = (sharpness(batch, ()) for batch in (blurred, images, noisy))
+    assert (low < middle).all()
+    assert (middle < high).all()  # it can be hacked
+    assert ImageReward(sharpness).name == "sharpness"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import CLIPModel
 
 from advdmd_lightning.shapes import components
 from advdmd_lightning.shapes.checker import Reading
@@ -66,6 +67,7 @@ class ContrastivePretraining(Pretraining):
     """
 
     blocks = "encoder.layers"
+    network: CLIPModel
     tokens: Tensor
     mask: Tensor
 
