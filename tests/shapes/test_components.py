@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPTokenizer
 
 from advdmd_lightning.shapes import components
@@ -114,3 +115,23 @@ def test_transformer_starts_from_zero_and_fits_the_text(tokenizer):
     assert velocity.shape == x.shape
     assert not velocity.any()
     assert components.build_scheduler().config.shift == components.SHIFT
+
+
+def test_clip_reads_images_and_captions_of_this_world(tokenizer):
+    clip, processor = components.build_clip(), components.build_clip_processor()
+    inputs = processor(text=CAPTIONS[:3], images=[Image.new("RGB", (24, 24), "red")], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        seen = clip(**inputs)
+    assert seen.logits_per_image.shape == (1, 3)
+    assert seen.image_embeds.shape == (1, components.CLIP_WIDTH)
+    assert clip.config.vision_config.projection_dim == clip.config.text_config.projection_dim == components.CLIP_WIDTH
+    assert processor.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert sum(weight.numel() * weight.element_size() for weight in clip.parameters()) < 1.5e6
+
+
+def test_clip_processor_maps_pixels_to_minus_one_and_one():
+    image = Image.new("RGB", (48, 36), (255, 0, 51))  # neither the size nor the form of the model: nothing is cropped
+    pixels = components.build_clip_processor()(images=[image], return_tensors="pt").pixel_values
+    assert pixels.shape == (1, 3, 24, 24)
+    expected = torch.tensor([1.0, -1.0, -0.6])[:, None, None].expand(3, 24, 24)
+    torch.testing.assert_close(pixels[0], expected, rtol=0, atol=1e-5)

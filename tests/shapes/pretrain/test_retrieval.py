@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
-import torch
 
 from advdmd_lightning.clip import CLIP, Preprocessing
 from advdmd_lightning.shapes import components
 from advdmd_lightning.shapes.checker import read
 from advdmd_lightning.shapes.grammar import CATEGORIES, captions, parse
-from advdmd_lightning.shapes.pretrain.retrieval import altered, retrieval
+from advdmd_lightning.shapes.pretrain.retrieval import altered, main, retrieval
 from advdmd_lightning.shapes.render import draw_scene, render
 
 
@@ -37,4 +38,13 @@ def test_untrained_clip_is_near_chance():
     assert found["color_attr"].among_all < 0.3
     assert found["color_attr"].chance < 0.1
     assert retrieval(clip, images=40) == found
-    torch.testing.assert_close(found["single_object"].chance, 0.5, rtol=0, atol=1e-6)
+    assert found["single_object"].chance == 0.5  # two captions, one of them true
+    assert found["two_object"].chance == 0.5  # two pairs in both orders
+    assert found["counting"].chance == 0.25
+
+
+def test_table_of_the_shipped_one(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["retrieval", "--images", "4"])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(CATEGORIES)
