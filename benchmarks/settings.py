@@ -53,7 +53,7 @@ class Settings:
             ValueError: if an override is not of the form KEY=VALUE, or names a callback that the recipe has not.
         """
         overrides = (*row.set, *extra)
-        config = yaml.safe_load(recipe_text(row))
+        config = _recipe(row)
         callbacks = config["trainer"].get("callbacks") or []
         config["trainer"]["callbacks"] = {_class(callback): callback for callback in callbacks}
         for override in overrides:
@@ -135,17 +135,12 @@ class Settings:
         """Return what a result depends on."""
         branch = self.row.branch
         return {
-            "recipe": hashlib.sha256(recipe_text(self.row).encode()).hexdigest(),
+            "recipe": hashlib.sha256(json.dumps(_recipe(self.row)).encode()).hexdigest(),  # comments do not count
             "overrides": list(self.overrides),
             "branch": None if branch is None else {"of": branch.of, "at": branch.at},
             "seed": seed,
             "advdmd_lightning": advdmd_lightning.__version__,
         }
-
-
-def recipe_text(row: Row) -> str:
-    """Return the text of a row's recipe."""
-    return Path(resolve_config(row.recipe)).read_text(encoding="utf-8")
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -161,6 +156,11 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         leaves |= flat(value, f"{prefix}.{key}" if prefix else str(key))
     return leaves
+
+
+def _recipe(row: Row) -> dict[str, Any]:
+    recipe: dict[str, Any] = yaml.safe_load(Path(resolve_config(row.recipe)).read_text(encoding="utf-8"))
+    return recipe
 
 
 def _class(callback: dict[str, Any]) -> str:
