@@ -73,7 +73,7 @@ def _draw_row(axis: Axes, label: str, number: int, seeds: Sequence[dict[str, Any
     colour = COLOURS[number % len(COLOURS)]
     style = DASHES[number // len(COLOURS) % len(DASHES)]
     marker = MARKERS[number % len(MARKERS)]
-    axis.plot(x, y.mean(0), color=colour, ls=style, marker=marker, ms=4, lw=1.8, label=label)
+    axis.plot(x, y.mean(0), color=colour, ls=style, marker=marker, ms=4, lw=1.8, label=label, clip_on=False)
     if len(seeds) > 1:
         axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, lw=0)
 

@@ -91,7 +91,7 @@ def _start(state: _State, by_name: Mapping[str, Task], jobs: int, environment: d
 
 
 def _is_ready(state: _State, by_name: Mapping[str, Task], task: Task) -> bool:
-    if task.needs not in by_name:
+    if task.needs is None or task.needs not in by_name:
         return True
     return state.ended.get(task.needs) == 0 or (task.until is not None and task.until.exists())
 

@@ -124,8 +124,8 @@ def _row(path: Path, name: str, values: dict[str, Any]) -> Row:
     group = values.get("group", "main")
     if name == TEACHER or group not in GROUPS:
         raise ValueError(
-            f"{path}: rows.{name} in group {group!r}: give a name other than {TEACHER!r}, which is measured anyway, and "
-            f"one of the groups {', '.join(GROUPS)}"
+            f"{path}: rows.{name} in group {group!r}: give a name other than {TEACHER!r}, which is measured anyway, "
+            f"and one of the groups {', '.join(GROUPS)}"
         )
     branch = values.get("branch")
     if branch is not None:

@@ -18,6 +18,7 @@ from advdmd_lightning.backbones.base import Backbone
 from advdmd_lightning.evaluation.entrants import Entrant, evaluate, generate, initial_noise
 from advdmd_lightning.shapes.checker import ShapesScore, read
 from advdmd_lightning.shapes.grammar import CATEGORIES, evaluation_captions, parse
+from benchmarks.perception import Perception
 from benchmarks.recorder import write_atomically
 
 NOISE_SEED = 1_000
@@ -91,24 +92,11 @@ def measure(backbone: Backbone, entrant: Entrant, images_per_category: int) -> E
         "edge_error": finite(median(reading.template_error for reading in readings)),
         "speckle": median(reading.speckle for reading in readings),
         "brightness": float((images + 1).mean() / 2),
-        **_perceived(backbone, entrant, images, captions),
+        **Perception(backbone.device).measure(backbone, entrant, images, captions),
     }
     return Evaluation(
         entrant.label, entrant.steps, entrant.nfe, len(images), score.seconds, values, bits(correct), bits(matched)
     )
-
-
-def _perceived(
-    backbone: Backbone, entrant: Entrant, images: Tensor, captions: Sequence[str]
-) -> dict[str, float | None]:
-    try:  # until the embedded CLIP has landed
-        from benchmarks.perception import Perception
-
-        perception = Perception(backbone.device)
-    except (ImportError, ValueError) as error:
-        print(f"no distance, diversity and CLIPScore: {error}; measure them later with --evaluate-again")
-        return {}
-    return perception.measure(backbone, entrant, images, captions)
 
 
 def held_out(per_category: int) -> list[str]:

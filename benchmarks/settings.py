@@ -184,8 +184,8 @@ def _set_callback(callbacks: dict[str, Any], row: Row, key: str, value: Any) -> 
     _, name, *argument = key.split(".")
     if name not in callbacks or len(argument) > 1 or (not argument and value is not None):
         raise ValueError(
-            f"override {key}={value} of row {row.name}: give callbacks.CLASS.KEY=VALUE, or callbacks.CLASS=null, with a "
-            f"class out of {', '.join(callbacks)}"
+            f"override {key}={value} of row {row.name}: give callbacks.CLASS.KEY=VALUE, or callbacks.CLASS=null, with "
+            f"a class out of {', '.join(callbacks)}"
         )
     if argument:
         callbacks[name].setdefault("init_args", {})[argument[0]] = value
