@@ -18,6 +18,7 @@ from advdmd_lightning.backbones.base import Backbone
 from advdmd_lightning.callbacks import GRPOWarmup
 from advdmd_lightning.cli import AdvDMDCLI, run
 from advdmd_lightning.evaluation.demo import TEACHER_GUIDANCE, teachers
+from benchmarks.alignment import alignment
 from benchmarks.recorder import (
     KeepCheckpoints,
     Recorder,
@@ -164,6 +165,7 @@ def _evaluate(job: Job, cli: AdvDMDCLI, recorder: Recorder) -> None:
         "updates": cli.trainer.global_step,
         "grpo_updates": sum(gate.grpo_updates for gate in gates),
         **recorder.state_dict(),
+        "alignment": alignment(module),
         **circumstances(module.device),
     }
     evaluation = measure(module.backbone, entrant, job.images_per_category)

@@ -46,6 +46,12 @@ generator, fake score and teacher in training, in millions of forward passes; a 
 trunk's evaluations and minutes as their own.
 """
 
+ALIGNMENT_NOTES = """
+Correlation, within groups of 16 images of one training prompt from one initial noise, of a reward with the checker's
+verdicts: *correct* (shown and crisp), *matched* (shown), *crisp* (minus the template error). After training, with the
+generator and the discriminator that GRPO would go on with. CLIPScore is there for comparison.
+"""
+
 
 def write_report(out: Path, study: Study, rows: Sequence[Row], seeds: Sequence[int], failed: Mapping[str, str]) -> None:
     """Write ``report.md``, ``summary.json`` and the figures from the results that there are."""
@@ -93,6 +99,8 @@ def report(
     found = [results[row.name] for row in rows if results[row.name]]
     parts = ["# Replication", table([*([one] for one in teachers), *found]), NOTES.strip(), "## Claims"]
     parts.append(claims_table(answers))
+    if any("alignment" in result for seeds in found for result in seeds):
+        parts += ["## Alignment of the rewards", alignment_table(found), ALIGNMENT_NOTES.strip()]
     missing = [row.name for row in rows if not results[row.name]]
     if failed or missing:
         lines = [f"- {name}: {reason}" for name, reason in failed.items()]
@@ -109,6 +117,17 @@ def table(methods: Sequence[Sequence[dict[str, Any]]]) -> str:
         cells = [first["label"], str(len(seeds)), str(first["steps"]), str(first["nfe"])]
         cells += [_cell(seeds, name, factor, digits) for name, (_, factor, digits) in COLUMNS.items()]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def alignment_table(methods: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """Return a Markdown table with one line per method and reward, means over the seeds."""
+    lines = ["| method | reward | correct | matched | crisp |", "|---|---|---:|---:|---:|"]
+    for seeds in methods:
+        known = [result["alignment"] for result in seeds if "alignment" in result]
+        for reward in known[0] if known else ():
+            means = [np.mean([one[reward][aim] for one in known]) for aim in ("correct", "matched", "crisp")]
+            lines.append("| " + " | ".join([seeds[0]["label"], reward, *(f"{mean:+.2f}" for mean in means)]) + " |")
     return "\n".join(lines)
 
 

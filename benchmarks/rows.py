@@ -10,8 +10,8 @@ from typing import Any, Literal
 import yaml
 
 TEACHER = "teacher"
-Group = Literal["main", "ablation", "candidate"]
-GROUPS = ("main", "ablation", "candidate")
+Group = Literal["main", "ablation", "candidate", "sick"]
+GROUPS = ("main", "ablation", "candidate", "sick")
 
 
 @dataclass(frozen=True)
