@@ -19,6 +19,7 @@ from advdmd_lightning.callbacks import GRPOWarmup
 from advdmd_lightning.cli import AdvDMDCLI, run
 from advdmd_lightning.evaluation.demo import TEACHER_GUIDANCE, teachers
 from benchmarks.alignment import alignment
+from benchmarks.gradients import gradient_signal
 from benchmarks.recorder import (
     KeepCheckpoints,
     Recorder,
@@ -166,6 +167,7 @@ def _evaluate(job: Job, cli: AdvDMDCLI, recorder: Recorder) -> None:
         "grpo_updates": sum(gate.grpo_updates for gate in gates),
         **recorder.state_dict(),
         "alignment": alignment(module),
+        "gradient_signal": gradient_signal(module),
         **circumstances(module.device),
     }
     evaluation = measure(module.backbone, entrant, job.images_per_category)

@@ -51,6 +51,12 @@ Correlation, within groups of 16 images of one training prompt from one initial 
 verdicts: *correct* (shown and crisp), *matched* (shown), *crisp* (minus the template error). After training, with the
 generator and the discriminator that GRPO would go on with. CLIPScore is there for comparison.
 """
+SIGNALS = ("dmd", "grpo/discriminator", "grpo/clip_score", "pathwise")
+SIGNAL_NOTES = """
+Cosine between two estimates of the generator's gradient after training, each from a rollout of its own: 16 training
+prompts x 8 samples (*dmd*: 32 of them). A cosine near 0 is noise: an optimizer step along it goes nowhere on purpose.
+*pathwise*: the discriminator's reward differentiated through the steps.
+"""
 
 
 def write_report(out: Path, study: Study, rows: Sequence[Row], seeds: Sequence[int], failed: Mapping[str, str]) -> None:
@@ -101,6 +107,8 @@ def report(
     parts.append(claims_table(answers))
     if any("alignment" in result for seeds in found for result in seeds):
         parts += ["## Alignment of the rewards", alignment_table(found), ALIGNMENT_NOTES.strip()]
+    if any("gradient_signal" in result for seeds in found for result in seeds):
+        parts += ["## Signal of the gradients", signal_table(found), SIGNAL_NOTES.strip()]
     missing = [row.name for row in rows if not results[row.name]]
     if failed or missing:
         lines = [f"- {name}: {reason}" for name, reason in failed.items()]
@@ -129,6 +137,21 @@ def alignment_table(methods: Sequence[Sequence[dict[str, Any]]]) -> str:
             means = [np.mean([one[reward][aim] for one in known]) for aim in ("correct", "matched", "crisp")]
             lines.append("| " + " | ".join([seeds[0]["label"], reward, *(f"{mean:+.2f}" for mean in means)]) + " |")
     return "\n".join(lines)
+
+
+def signal_table(methods: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """Return a Markdown table with one line per method, means over the seeds."""
+    lines = ["| method | " + " | ".join(SIGNALS) + " |", "|---|" + "---:|" * len(SIGNALS)]
+    for seeds in methods:
+        known = [result["gradient_signal"] for result in seeds if "gradient_signal" in result]
+        means = [_mean([one[name] for one in known if name in one]) for name in SIGNALS]
+        if known:
+            lines.append("| " + " | ".join([seeds[0]["label"], *(_number(mean, 2) for mean in means)]) + " |")
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
 
 
 def claims_table(answers: Sequence[Answer]) -> str:
