@@ -9,10 +9,12 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-from benchmarks.rows import Claim
+from benchmarks.rows import TEACHER, Claim
 
 CONFIDENCE = 0.95
 """Two-sided, of the interval around the difference."""
+ENOUGH_SEEDS = 3
+"""With fewer a verdict is provisional: with one, the interval has the spread of the images alone."""
 LOWER_IS_BETTER = ("fid", "edge_error", "nfe", "seconds_of_training", "forward_equivalents", "peak_memory", "updates")
 PER_IMAGE = {"overall": "correct", "objects": "matched"}
 """Metrics that are a mean over images, and where each image's verdict stands."""
@@ -31,6 +33,7 @@ class Answer:
         difference: by how much the first is better; positive also where lower values are better.
         error: its standard error.
         half_width: half the width of its confidence interval.
+        seeds: of the row that has fewer; the teacher, which is not trained here, does not count.
         verdict: holds, if the whole interval lies above minus the margin; does not hold, if all of it lies below.
     """
 
@@ -40,6 +43,7 @@ class Answer:
     difference: float | None
     error: float | None
     half_width: float | None
+    seeds: int
     verdict: Verdict
 
 
@@ -57,14 +61,15 @@ def answer(claim: Claim, results: dict[str, list[dict[str, Any]]]) -> Answer:
     """
     better, than = results.get(claim.better, []), results.get(claim.than, [])
     first, second = ([value_of(result, claim.metric) for result in side] for side in (better, than))
+    seeds = min((len(results.get(row, [])) for row in (claim.better, claim.than) if row != TEACHER), default=0)
     if not first or not second or None in first + second:
-        return Answer(claim, None, None, None, None, None, "not measured")
+        return Answer(claim, None, None, None, None, None, seeds, "not measured")
     sign = -1.0 if claim.metric in LOWER_IS_BETTER else 1.0
     means = float(np.mean(first)), float(np.mean(second))  # type: ignore[arg-type]  # without None
     difference = sign * (means[0] - means[1])
     parts = [_spread(first), _spread(second), _between_images(claim.metric, better, than)]
     error, half_width = interval(parts)
-    return Answer(claim, *means, difference, error, half_width, verdict(difference, half_width, claim.margin))
+    return Answer(claim, *means, difference, error, half_width, seeds, verdict(difference, half_width, claim.margin))
 
 
 def verdict(difference: float, half_width: float, margin: float) -> Verdict:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from advdmd_lightning.shapes.grammar import CATEGORIES
-from benchmarks.claims import CONFIDENCE, Answer, answer, value_of
+from benchmarks.claims import CONFIDENCE, ENOUGH_SEEDS, Answer, answer, value_of
 from benchmarks.figures import draw_curves, draw_samples
 from benchmarks.one import run_folder
 from benchmarks.recorder import GRADIENT_COST, write_atomically
@@ -34,6 +34,8 @@ COLUMNS: Mapping[str, tuple[str, float, int]] = {
     "peak_memory": ("memory, MiB", 2**-20, 0),
 }
 """Header, factor and decimals of the columns after method, seeds, steps and NFE."""
+SHORT = ("overall", "objects", "fid", "diversity", "clip_score", "forward_equivalents", "seconds_of_training")
+"""Those of the first table."""
 
 NOTES = f"""
 Mean ± standard deviation over seeds. *NFE*: network evaluations per image, guidance counted. *overall*: mean of the six
@@ -103,8 +105,9 @@ def report(
 ) -> str:
     """Return everything in Markdown."""
     found = [results[row.name] for row in rows if results[row.name]]
-    parts = ["# Replication", table([*([one] for one in teachers), *found]), NOTES.strip(), "## Claims"]
-    parts.append(claims_table(answers))
+    methods = [*([one] for one in teachers), *found]
+    parts = ["# Replication", table(methods, SHORT), NOTES.strip(), "## Claims", claims_table(answers)]
+    parts += ["## All columns", table(methods)]
     if any("alignment" in result for seeds in found for result in seeds):
         parts += ["## Alignment of the rewards", alignment_table(found), ALIGNMENT_NOTES.strip()]
     if any("gradient_signal" in result for seeds in found for result in seeds):
@@ -116,14 +119,20 @@ def report(
     return "\n\n".join(parts) + "\n"
 
 
-def table(methods: Sequence[Sequence[dict[str, Any]]]) -> str:
-    """Return a Markdown table with one line per method, each given by the results of its seeds."""
-    headers = ["method", "seeds", "steps", "NFE", *(header for header, _, _ in COLUMNS.values())]
+def table(methods: Sequence[Sequence[dict[str, Any]]], names: Sequence[str] = tuple(COLUMNS)) -> str:
+    """Return a Markdown table with one line per method, each given by the results of its seeds.
+
+    Args:
+        methods: results of the seeds of each.
+        names: the columns after method, seeds, steps and NFE.
+    """
+    columns = {name: COLUMNS[name] for name in names}
+    headers = ["method", "seeds", "steps", "NFE", *(header for header, _, _ in columns.values())]
     lines = ["| " + " | ".join(headers) + " |", "|---|" + "---:|" * (len(headers) - 1)]
     for seeds in methods:
         first = seeds[0]
         cells = [first["label"], str(len(seeds)), str(first["steps"]), str(first["nfe"])]
-        cells += [_cell(seeds, name, factor, digits) for name, (_, factor, digits) in COLUMNS.items()]
+        cells += [_cell(seeds, name, factor, digits) for name, (_, factor, digits) in columns.items()]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -162,9 +171,15 @@ def claims_table(answers: Sequence[Answer]) -> str:
     ]
     for one in answers:
         numbers = [_number(x, 4) for x in (one.better, one.than, one.difference, one.half_width)]
-        cells = [one.claim.text, one.claim.metric, *numbers, f"{one.claim.margin:g}", f"**{one.verdict}**"]
+        cells = [one.claim.text, one.claim.metric, *numbers, f"{one.claim.margin:g}", _verdict(one)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _verdict(one: Answer) -> str:
+    if one.verdict == "not measured" or one.seeds >= ENOUGH_SEEDS:
+        return f"**{one.verdict}**"
+    return f"{one.verdict}, {one.seeds} seed{'s' * (one.seeds > 1)} only"
 
 
 def _cell(seeds: Sequence[dict[str, Any]], name: str, factor: float, digits: int) -> str:

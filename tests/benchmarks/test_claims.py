@@ -44,6 +44,7 @@ def test_images_are_paired():
     assert found.difference == pytest.approx(0.05)
     assert found.error == pytest.approx(stats.sem(differences))
     assert found.verdict == "holds"
+    assert found.seeds == 1
 
 
 def test_seeds_and_images_add_up():
