@@ -156,6 +156,17 @@ class AdvDMDModule(FewStepSampling):
                 "`model.discriminator.weight` and `model.discriminator.last_step` are all 0; set one of them"
             )
 
+        if self.grpo.weight and self.grpo.gradient_ratio is not None and not (weights[0] or any(weights[2:])):
+            raise ValueError(
+                f"`model.grpo.gradient_ratio` is {self.grpo.gradient_ratio}, a share of the other terms' gradient, but "
+                "`model.distillation.weight` and the discriminator's weights are 0: set it to null"
+            )
+        if self.distillation.ambient_share and len(self.grid) < 3:
+            raise ValueError(
+                f"`model.distillation.ambient_share` is {self.distillation.ambient_share}, but `model.num_steps` = "
+                f"{len(self.grid) - 1} leaves no noisy state after the first: set it to 0"
+            )
+
     def _adversarial_weights(self) -> tuple[float, float]:
         return self.discriminator_settings.weight, self.discriminator_settings.last_step
 

@@ -300,6 +300,22 @@ def test_trained_steps_are_drawn_anew_and_alike_on_every_rank(monkeypatch):
             },
             "nothing trains the generator",
         ),
+        (
+            {
+                "distillation": DistillationSettings(weight=0.0),
+                "discriminator": DiscriminatorSettings(weight=0.0),
+                "grpo": GRPOSettings(gradient_ratio=0.5),
+            },
+            "`model.grpo.gradient_ratio` is 0.5, .*: set it to null",
+        ),
+        (
+            {
+                "distillation": DistillationSettings(ambient_share=0.5),
+                "num_steps": 1,
+                "grpo": GRPOSettings(weight=0.0),
+            },
+            "`model.distillation.ambient_share` is 0.5, but `model.num_steps` = 1",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes, message):

@@ -147,6 +147,13 @@ def test_discriminator_learns_to_tell_two_distributions_apart(module, source):
     assert sum(accuracy[-10:]) / 10 > 0.8
 
 
+def test_one_caption_cannot_be_mismatched(module, source):
+    samples = rollout(module.roles.generator, Renoising(), groups=1, group_size=1)
+    settings = DiscriminatorSettings(mismatched=0.5)
+    with pytest.raises(ValueError, match="`model.discriminator.mismatched` is 0.5, but a batch of one"):
+        guidance_loss(module.roles, module.critic, samples, samples.x0, samples.condition, SETTINGS, source, settings)
+
+
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_the_fake_score_learns_from_noisy_states_at_later_times(module, source, share):
     samples = rollout(module.roles.generator, Renoising(), groups=4)

@@ -82,6 +82,9 @@ def guidance_loss(
         settings: the draw of t, the share of ambient targets.
         generator: source of noise and times.
         discriminator: the share of mismatched captions.
+
+    Raises:
+        ValueError: if captions shall be mismatched in a batch of one.
     """
     condition, task = trajectory.condition, _regression(trajectory, settings, generator)
     if critic is None:
@@ -98,6 +101,11 @@ def guidance_loss(
         (real_states, levels, real_condition),
     ]
     if discriminator.mismatched:
+        if count < 2:
+            raise ValueError(
+                f"`model.discriminator.mismatched` is {discriminator.mismatched}, but a batch of one has no other "
+                "caption: set `data.batch_size` to 2 or more, or the share to 0"
+            )
         inputs.append((real_states, levels, real_condition[torch.arange(count, device=real.device).roll(1)]))
     x_t, t, conditions = zip(*inputs, strict=True)
     with torch.no_grad():  # one pass for what is generated, at its own levels, and for the real latents at both
