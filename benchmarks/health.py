@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def draw(picture: Path, rows: Sequence[Row], runs: Sequence[Sequence[Mapping[str
                 *line[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False
             )
         for axis, row in zip(grid[0], rows, strict=True):
-            axis.set_title(row.label)
+            axis.set_title(textwrap.fill(row.label, 34))
         for axis in grid[-1]:
             axis.set_xlabel("generator updates")
         picture.parent.mkdir(parents=True, exist_ok=True)
