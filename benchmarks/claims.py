@@ -19,7 +19,7 @@ LOWER_IS_BETTER = ("fid", "edge_error", "nfe", "seconds_of_training", "forward_e
 PER_IMAGE = {"overall": "correct", "objects": "matched"}
 """Metrics that are a mean over images, and where each image's verdict stands."""
 
-Verdict = Literal["holds", "does not hold", "within chance", "not measured"]
+Verdict = Literal["holds", "does not hold", "within chance", "spread unknown", "not measured"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Answer:
         half_width: half the width of its confidence interval.
         seeds: of the row that has fewer; the teacher, which is not trained here, does not count.
         verdict: holds, if the whole interval lies above minus the margin; does not hold, if all of it lies below.
+            Unknown is the spread of one seed each in a metric that is no mean over images.
     """
 
     claim: Claim
@@ -52,8 +53,8 @@ def answer(claim: Claim, results: dict[str, list[dict[str, Any]]]) -> Answer:
 
     The variance of the difference has up to three parts: the spread between the seeds of either row, and, for shares
     of images, that between the images. Both rows were measured on the same captions and noise, so the last is taken
-    from the images' paired differences, each averaged over the seeds. Their degrees of freedom are put together as by
-    Welch and Satterthwaite.
+    from the images' paired differences, each averaged over the seeds; other means over images count as independent.
+    Their degrees of freedom are put together as by Welch and Satterthwaite.
 
     Args:
         claim: the claim.
@@ -68,6 +69,8 @@ def answer(claim: Claim, results: dict[str, list[dict[str, Any]]]) -> Answer:
     means = float(np.mean(first)), float(np.mean(second))  # type: ignore[arg-type]  # without None
     difference = sign * (means[0] - means[1])
     parts = [_spread(first), _spread(second), _between_images(claim.metric, better, than)]
+    if not any(freedom for _, freedom in parts):
+        return Answer(claim, *means, difference, None, None, seeds, "spread unknown")
     error, half_width = interval(parts)
     return Answer(claim, *means, difference, error, half_width, seeds, verdict(difference, half_width, claim.margin))
 
@@ -114,8 +117,14 @@ def _spread(values: Sequence[float | None]) -> tuple[float, int]:
 
 
 def _between_images(metric: str, better: Sequence[dict[str, Any]], than: Sequence[dict[str, Any]]) -> tuple[float, int]:
-    """Variance of the difference over images."""
-    if metric not in PER_IMAGE or len({result["images"] for result in [*better, *than]}) > 1:
+    """Variance of the difference over images: paired where every image's verdict is kept, else as if independent."""
+    counts = {result["images"] for result in [*better, *than]}
+    if metric not in PER_IMAGE:
+        errors = [[result.get("image_errors", {}).get(metric) for result in side] for side in (better, than)]
+        if any(error is None for side in errors for error in side):
+            return 0.0, 0
+        return float(sum(np.mean(np.square(side)) for side in errors)), min(counts) - 1
+    if len(counts) > 1:
         return 0.0, 0
     first, second = (np.mean([_flags(result[PER_IMAGE[metric]]) for result in side], axis=0) for side in (better, than))
     count = len(first)

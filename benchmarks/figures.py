@@ -81,10 +81,14 @@ def _draw_row(axis: Axes, label: str, number: int, seeds: Sequence[dict[str, Any
 def draw_samples(
     path: Path, out: Path, rows: Sequence[Row], results: Results, teachers: Sequence[dict[str, Any]]
 ) -> None:
-    """Draw the same captions from the same noise, one line per method: the teacher's, then each row's first seed."""
+    """Draw the same captions from the same noise, one line per method: the teacher's, then each row's first seed.
+
+    Of several groups only the first is drawn.
+    """
+    groups = [row.group for row in rows if results[row.name]]
     files = [(teacher["label"], out / TEACHER / f"result_{i}.npy") for i, teacher in enumerate(teachers)]
     for row in rows:
-        if results[row.name]:
+        if results[row.name] and row.group == min(groups, key=GROUPS.index):
             folder = run_folder(out, row.name, results[row.name][0]["seed"])
             files.append((row.label, folder / "result.npy"))
     images = [torch.from_numpy(np.load(file)).float() / 127.5 - 1 for _, file in files]

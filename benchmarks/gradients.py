@@ -24,8 +24,8 @@ from advdmd_lightning.updates import (
 GROUPS, GROUP_SIZE, REPEATS, STREAM = 16, 8, 2, 77
 
 
-def gradient_signal(module: AdvDMDModule, repeats: int = REPEATS) -> dict[str, float]:
-    """Compare gradients of the generator from two independent rollouts of 128 samples.
+def gradient_signal(module: AdvDMDModule, repeats: int = REPEATS, groups: int | None = None) -> dict[str, float]:
+    """Compare gradients of the generator from two independent rollouts, of 128 samples unless told otherwise.
 
     With a cosine c, about the share c of an estimate's energy is signal; n times the samples raise it to
     ``n * c / (1 + (n - 1) * c)``.
@@ -33,9 +33,10 @@ def gradient_signal(module: AdvDMDModule, repeats: int = REPEATS) -> dict[str, f
     Args:
         module: after training, with its discriminator.
         repeats: pairs of rollouts that are averaged.
+        groups: prompts of a rollout; None = 16.
 
     Returns:
-        Mean cosine for ``dmd`` (of 32 samples in each rollout), and for the policy loss with CLIPScore and with the
+        Mean cosine for ``dmd`` (of a quarter of the samples), and for the policy loss with CLIPScore and with the
         discriminator, ``grpo/clip_score`` and ``grpo/discriminator``, and for ``pathwise``, as far as there are any.
     """
     estimators: dict[str, Callable[[Trajectory, Rollout, torch.Generator], None]] = {}
@@ -48,18 +49,21 @@ def gradient_signal(module: AdvDMDModule, repeats: int = REPEATS) -> dict[str, f
             estimators["pathwise"] = partial(_pathwise, module)
     sums = dict.fromkeys(estimators, 0.0)
     for repeat in range(repeats):
-        pair = [_gradients(module, estimators, 2 * repeat + half) for half in range(2)]
+        pair = [_gradients(module, estimators, 2 * repeat + half, groups or GROUPS) for half in range(2)]
         for name in estimators:
             sums[name] += float(torch.cosine_similarity(pair[0][name], pair[1][name], dim=0))
     return {name: total / repeats for name, total in sums.items()}
 
 
 def _gradients(
-    module: AdvDMDModule, estimators: dict[str, Callable[[Trajectory, Rollout, torch.Generator], None]], number: int
+    module: AdvDMDModule,
+    estimators: dict[str, Callable[[Trajectory, Rollout, torch.Generator], None]],
+    number: int,
+    groups: int,
 ) -> dict[str, Tensor]:
     """Every estimator's gradient from one rollout of its own."""
     source = torch.Generator(module.device).manual_seed(STREAM + number)
-    prompts = draw_batch(GROUPS, STREAM, number)["caption"]
+    prompts = draw_batch(groups, STREAM, number)["caption"]
     condition = module.backbone.encode_text(prompts).repeat_interleave(GROUP_SIZE)
     noise = torch.randn((len(condition), *module.backbone.latent_shape), generator=source, device=module.device)
     generator = module.roles.generator

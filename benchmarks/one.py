@@ -18,8 +18,8 @@ from advdmd_lightning.backbones.base import Backbone
 from advdmd_lightning.callbacks import GRPOWarmup
 from advdmd_lightning.cli import AdvDMDCLI, run
 from advdmd_lightning.evaluation.demo import TEACHER_GUIDANCE, teachers
-from benchmarks.alignment import alignment
-from benchmarks.gradients import gradient_signal
+from benchmarks.alignment import PROMPTS_PER_CATEGORY, alignment
+from benchmarks.gradients import GROUPS, gradient_signal
 from benchmarks.recorder import (
     KeepCheckpoints,
     Recorder,
@@ -90,9 +90,12 @@ class Job:
         Raises:
             ValueError: if the folder holds another run, or another evaluation.
         """
-        path = self.folder / "fingerprint.json"
-        if path.exists():
-            self._compare(json.loads(path.read_text(encoding="utf-8")))
+        differing = self.differing()
+        if differing:
+            raise ValueError(
+                f"{self.folder} holds a run with {' and '.join(differing)}: give another --out, or delete that folder "
+                "to run it again"
+            )
         result = self.folder / "result.json"
         if not result.exists():
             return False
@@ -104,19 +107,27 @@ class Job:
             )
         return True
 
-    def _compare(self, found: dict[str, Any]) -> None:
-        wanted = self.fingerprint
-        differing = [key for key in wanted if found.get(key) != wanted[key]]
-        if differing:
-            said = " and ".join(f"another {key} ({found.get(key)!r} instead of {wanted[key]!r})" for key in differing)
-            raise ValueError(
-                f"{self.folder} holds a run with {said}: give another --out, or delete that folder to run it again"
-            )
+    def differing(self) -> list[str]:
+        """Return in what the run in the folder differs from this job; nothing if there is none."""
+        path = self.folder / "fingerprint.json"
+        if not path.exists():
+            return []
+        found, wanted = json.loads(path.read_text(encoding="utf-8")), self.fingerprint
+        return [
+            f"another {key} ({found.get(key)!r} instead of {wanted[key]!r})"
+            for key in wanted
+            if found.get(key) != wanted[key]
+        ]
 
 
 def run_folder(out: Path, row: str, seed: int) -> Path:
     """Return the folder of a (row, seed)."""
     return out / row / f"seed_{seed}"
+
+
+def seeds_there(out: Path) -> set[int]:
+    """Return the seeds of which there is any result."""
+    return {int(path.parent.name.removeprefix("seed_")) for path in out.glob("*/seed_*/result.json")}
 
 
 def run_job(job: Job) -> None:
@@ -166,8 +177,8 @@ def _evaluate(job: Job, cli: AdvDMDCLI, recorder: Recorder) -> None:
         "updates": cli.trainer.global_step,
         "grpo_updates": sum(gate.grpo_updates for gate in gates),
         **recorder.state_dict(),
-        "alignment": alignment(module),
-        "gradient_signal": gradient_signal(module),
+        "alignment": alignment(module, min(PROMPTS_PER_CATEGORY, job.images_per_category)),
+        "gradient_signal": gradient_signal(module, groups=min(GROUPS, job.images_per_category)),
         **circumstances(module.device),
     }
     evaluation = measure(module.backbone, entrant, job.images_per_category)

@@ -40,16 +40,19 @@ class Perception:
     def measure(
         self, backbone: Backbone, entrant: Entrant, images: Tensor, captions: Sequence[str]
     ) -> dict[str, float | None]:
-        """Return ``fid``, ``diversity`` and ``clip_score`` of an entrant's images (B, 3, H, W) of B captions.
+        """Return ``fid`` and ``diversity`` of an entrant, with its images (B, 3, H, W) of B captions.
 
         Two images or fewer have no distribution: their ``fid`` is None.
         """
-        scores = [self.score.score(images[p].to(self.device), captions[p]) for p in split(len(images), BATCH)]
         return {
             "fid": self.distance(images, captions) if len(images) > 2 else None,
             "diversity": self.diversity(backbone, entrant),
-            "clip_score": float(torch.cat(scores).mean()),
         }
+
+    def clip_scores(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """Return the CLIPScore of each image, (B,) on the CPU."""
+        parts = split(len(images), BATCH)
+        return torch.cat([self.score.score(images[p].to(self.device), captions[p]).cpu() for p in parts])
 
     def distance(self, images: Tensor, captions: Sequence[str]) -> float:
         """Return the Fréchet distance between images and freshly rendered ones of the same captions."""

@@ -1,7 +1,8 @@
 """The replication study: does every part of the method earn its place?
 
 Runs every (row, seed) of ``replication.yaml`` in a process of its own, resumes what was interrupted, skips what is
-finished, and writes the tables, figures and ``summary.json`` into ``--out``.
+finished, and writes the tables, figures and ``summary.json`` into ``--out``: of all results that there are, whichever
+rows and seeds this call was about.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ if __package__ in (None, ""):  # python benchmarks/replication.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.jobs import Task, run_tasks
-from benchmarks.one import Job, run_job, run_teacher, teacher_finished
+from benchmarks.one import Job, run_job, run_teacher, seeds_there, teacher_finished
 from benchmarks.recorder import branch_checkpoint
 from benchmarks.report import write_report
 from benchmarks.rows import TEACHER, Study, load
@@ -52,8 +53,16 @@ def main(args: Sequence[str] | None = None) -> int:
     if not options.report_only:
         jobs = [_job(study, options, row.name, seed) for row in rows for seed in options.seeds]
         failed = run_tasks(_tasks(jobs, options), options.jobs)
-    write_report(options.out, study, rows, options.seeds, failed)
+    seeds = sorted({*options.seeds, *seeds_there(options.out)})
+    write_report(options.out, study, rows, seeds, failed, _stale(study, options, seeds))
     return 1 if failed else 0
+
+
+def _stale(study: Study, options: argparse.Namespace, seeds: Sequence[int]) -> dict[str, str]:
+    """Results of other settings than the plan's of today."""
+    jobs = [_job(study, options, row, seed) for row in study.rows for seed in seeds]
+    found = {_name(job): job.differing() for job in jobs if (job.folder / "result.json").exists()}
+    return {name: " and ".join(differing) for name, differing in found.items() if differing}
 
 
 def _job(study: Study, options: argparse.Namespace, row: str, seed: int) -> Job:

@@ -61,13 +61,31 @@ prompts x 8 samples (*dmd*: 32 of them). A cosine near 0 is noise: an optimizer 
 """
 
 
-def write_report(out: Path, study: Study, rows: Sequence[Row], seeds: Sequence[int], failed: Mapping[str, str]) -> None:
-    """Write ``report.md``, ``summary.json`` and the figures from the results that there are."""
-    results = collect(out, rows, seeds)
+def write_report(
+    out: Path,
+    study: Study,
+    wanted: Sequence[Row],
+    seeds: Sequence[int],
+    failed: Mapping[str, str],
+    stale: Mapping[str, str],
+) -> None:
+    """Write ``report.md``, ``summary.json`` and the figures from the results that there are.
+
+    Args:
+        out: folder of the study.
+        study: its rows and claims.
+        wanted: rows that are named if they have no result; sick ones are left out unless they are among these.
+        seeds: seeds to look for.
+        failed: jobs that failed, and why.
+        stale: jobs whose result is that of other settings, and which.
+    """
+    results = collect(out, list(study.rows.values()), seeds)
+    rows = [row for row in study.rows.values() if row in wanted or (results[row.name] and row.group != "sick")]
+    results = {row.name: results[row.name] for row in rows}
     teachers = collect_teacher(out)
     sides = results | ({TEACHER: teachers[:1]} if teachers else {})
     answers = [answer(claim, sides) for claim in study.claims]
-    text = report(rows, results, teachers, answers, failed)
+    text = report(rows, results, teachers, answers, failed, stale)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "report.md", text)
     summary = {
@@ -76,6 +94,7 @@ def write_report(out: Path, study: Study, rows: Sequence[Row], seeds: Sequence[i
         "teacher": teachers,
         "claims": [asdict(one) for one in answers],
         "failed": dict(failed),
+        "stale": dict(stale),
         "plan": {row.name: asdict(row) for row in rows},
     }
     write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -102,6 +121,7 @@ def report(
     teachers: Sequence[dict[str, Any]],
     answers: Sequence[Answer],
     failed: Mapping[str, str],
+    stale: Mapping[str, str],
 ) -> str:
     """Return everything in Markdown."""
     found = [results[row.name] for row in rows if results[row.name]]
@@ -116,6 +136,8 @@ def report(
     if failed or missing:
         lines = [f"- {name}: {reason}" for name, reason in failed.items()]
         parts += ["## Not there", "\n".join(lines + [f"- {name}: no result" for name in missing])]
+    if stale:
+        parts += ["## Measured with other settings", "\n".join(f"- {name}: {said}" for name, said in stale.items())]
     return "\n\n".join(parts) + "\n"
 
 
@@ -177,7 +199,7 @@ def claims_table(answers: Sequence[Answer]) -> str:
 
 
 def _verdict(one: Answer) -> str:
-    if one.verdict == "not measured" or one.seeds >= ENOUGH_SEEDS:
+    if one.error is None or one.seeds >= ENOUGH_SEEDS:
         return f"**{one.verdict}**"
     return f"{one.verdict}, {one.seeds} seed{'s' * (one.seeds > 1)} only"
 

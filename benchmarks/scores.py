@@ -40,6 +40,7 @@ class Evaluation:
         values: every column of the table by its name; None where it is infinite.
         correct: one character per image, in the order of the captions: 1 = correct and crisp.
         matched: likewise, crisp or not.
+        image_errors: standard errors, over the images, of further columns that are means over them.
     """
 
     label: str
@@ -50,6 +51,7 @@ class Evaluation:
     values: dict[str, float | None]
     correct: str
     matched: str
+    image_errors: dict[str, float]
 
 
 class Gallery(Metric):
@@ -87,15 +89,28 @@ def measure(backbone: Backbone, entrant: Entrant, images_per_category: int) -> E
     readings = read(images)
     matched = [reading.matches(parse(caption)) for reading, caption in zip(readings, captions, strict=True)]
     correct = [match and reading.crisp() for match, reading in zip(matched, readings, strict=True)]
+    perception = Perception(backbone.device)
+    per_image = {
+        "brightness": (images + 1).mean((1, 2, 3)) / 2,
+        "clip_score": perception.clip_scores(images, captions),
+    }
     values = {
         **score.scores,
         "edge_error": finite(median(reading.template_error for reading in readings)),
         "speckle": median(reading.speckle for reading in readings),
-        "brightness": float((images + 1).mean() / 2),
-        **Perception(backbone.device).measure(backbone, entrant, images, captions),
+        **{name: float(each.mean()) for name, each in per_image.items()},
+        **perception.measure(backbone, entrant, images, captions),
     }
     return Evaluation(
-        entrant.label, entrant.steps, entrant.nfe, len(images), score.seconds, values, bits(correct), bits(matched)
+        label=entrant.label,
+        steps=entrant.steps,
+        nfe=entrant.nfe,
+        images=len(images),
+        seconds=score.seconds,
+        values=values,
+        correct=bits(correct),
+        matched=bits(matched),
+        image_errors={name: float(each.std() / len(each) ** 0.5) for name, each in per_image.items()},
     )
 
 

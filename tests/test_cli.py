@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import sys
 
+import lightning as L
 import pytest
 
 from advdmd_lightning import cli, recipes
+from tests.evaluation.conftest import untrained_folder  # noqa: F401  (a fixture)
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +73,36 @@ def test_every_recipe_parses(name, capsys):
         cli.main(["fit", "--config", name, "--print_config"])
     assert stop.value.code in (0, None)
     assert "model:" in capsys.readouterr().out
+
+
+class Count(L.Callback):
+    """Counts the cycles."""
+
+    cycles = 0
+
+    def on_train_batch_end(self, *_):
+        self.cycles += 1
+
+
+def test_callbacks_from_python_come_after_those_of_the_recipe(untrained_folder, tmp_path):  # noqa: F811
+    count = Count()
+    small = {
+        "model.backbone.init_args.pretrained": untrained_folder,
+        "model.discriminator.blocks": "[0]",
+        "model.guidance.updates": 1,
+        "data.batch_size": 2,
+        "trainer.max_steps": 1,
+        "trainer.logger": "false",
+        "trainer.callbacks": '[{"class_path": "advdmd_lightning.callbacks.GeneratorEMA"}]',
+        "trainer.enable_checkpointing": "false",
+        "trainer.enable_progress_bar": "false",
+        "trainer.default_root_dir": tmp_path,
+    }
+    words = [f"--{key}={value}" for key, value in small.items()]
+    done = cli.run(["fit", "--config", "shapes_4step_dmd2", *words], callbacks=[count])
+    assert count.cycles == 1
+    names = [type(callback).__name__ for callback in done.trainer.callbacks]
+    assert names.index("GeneratorEMA") < names.index("Count")
 
 
 REWARDS = """

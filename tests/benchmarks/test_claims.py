@@ -85,6 +85,24 @@ def test_lower_is_better_for_distances():
     assert answer(Claim("", "b", "a", metric="fid"), results).verdict == "does not hold"
 
 
+def test_other_means_over_images_count_as_independent():
+    sides = {"a": (0.8, 0.01), "b": (0.7, 0.02)}
+    results = {
+        name: [result(ones(540), brightness=mean) | {"image_errors": {"brightness": error}}]
+        for name, (mean, error) in sides.items()
+    }
+    found = answer(Claim("", "a", "b", metric="brightness"), results)
+    assert found.error == pytest.approx((0.01**2 + 0.02**2) ** 0.5)
+    assert found.half_width == pytest.approx(stats.t.ppf(0.975, 599) * found.error)
+    assert found.verdict == "holds"
+
+
+def test_one_seed_says_nothing_about_a_distance():
+    results = {"a": [result("11", fid=1.0)], "b": [result("11", fid=2.0)]}
+    found = answer(Claim("", "a", "b", metric="fid"), results)
+    assert (found.difference, found.error, found.verdict) == (1.0, None, "spread unknown")
+
+
 def test_what_is_not_there_is_not_judged():
     there = {"a": [result("11", fid=None)], "b": []}
     assert answer(Claim("", "a", "b"), there).verdict == "not measured"

@@ -26,7 +26,9 @@ def test_every_gradient_is_measured_and_leaves_none_behind():
 
 def test_the_same_rollout_twice_has_a_cosine_of_one(monkeypatch):
     once = gradients._gradients
-    monkeypatch.setattr(gradients, "_gradients", lambda module, estimators, number: once(module, estimators, 0))
+    monkeypatch.setattr(
+        gradients, "_gradients", lambda module, estimators, number, groups: once(module, estimators, 0, groups)
+    )
     assert all(c == pytest.approx(1.0, abs=1e-4) for c in gradients.gradient_signal(tiny_module(), repeats=1).values())
 
 

@@ -160,14 +160,28 @@ def test_evaluate_again(plan, finished, monkeypatch):
 def test_report(finished):
     text = (finished / "report.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    header = [cell.strip() for cell in lines[0].strip("|").split("|")]
-    assert header[:5] == ["method", "seeds", "steps", "NFE", "overall"]
-    assert {"objects", "FID-like", "diversity", "edge error", "CLIPScore", "brightness", "minutes"} <= set(header)
-    assert len({line.count("|") for line in lines[: 2 + 5]}) == 1
+    headers = [line.strip("| ").split(" | ") for line in lines if line.startswith("| method | seeds |")]
+    assert all(header[:5] == ["method", "seeds", "steps", "NFE", "overall"] for header in headers)
+    few, every = map(set, headers)
+    assert few < every >= {"objects", "FID-like", "diversity", "edge error", "CLIPScore", "brightness", "minutes"}
+    assert len({line.count("|") for line in lines[: 2 + 5 + 3]}) == 1
     assert any(line.startswith("| GRPO helps | overall |") for line in lines)
     summary = json.loads((finished / "summary.json").read_text())
-    assert summary.keys() >= {"seeds", "rows", "teacher", "claims", "failed", "plan"}
+    assert summary.keys() == {"seeds", "rows", "teacher", "claims", "failed", "stale", "plan"}
     assert [row["nfe"] for row in summary["teacher"]] == [80, 8, 4, 4, 2]
+
+
+def test_the_report_is_about_all_that_there_is(plan, finished, tmp_path):
+    """Also about rows and seeds that the call did not name; results of other settings are named."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    moved = shutil.move(run_folder(out, "trunk", 0), run_folder(out, "trunk", 1)) / "result.json"
+    moved.write_text(json.dumps(json.loads(moved.read_text()) | {"seed": 1}))
+    assert replication.main([*words(plan, out, "trunk"), "--report-only"]) == 0
+    report = (out / "report.md").read_text()
+    assert all(f"| {label} | 1 | 4 | 4 |" in report for label in ("DMD2", "AdvDMD", "AdvDMD in one go"))
+    assert "- trunk seed 1: another seed (0 instead of 1)" in report
+    assert "straight seed 0: another" not in report
 
 
 def test_another_run_in_the_folder_is_refused(plan, finished):
