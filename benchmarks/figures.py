@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 """Okabe and Ito's, which the colour-blind can tell apart."""
 DASHES = ("-", "--", "-.", ":")
 MARKERS = "osD^vP*X"
+LEGEND_WIDTH = 36
+"""Letters in a line of the legend."""
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -43,7 +46,7 @@ def draw_curves(path: Path, rows: Sequence[Row], results: Results, teachers: Seq
     by_group = {group: [row for row in rows if row.group == group and results[row.name]] for group in GROUPS}
     groups = {group: found for group, found in by_group.items() if found}
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(12, 4 * len(groups)), layout="constrained")
+        figure = Figure(figsize=(14, 4.2 * len(groups)), layout="constrained")
         panels = figure.subplots(len(groups), len(AXES), sharey=True, squeeze=False)
         for line, (group, found) in zip(panels, groups.items(), strict=True):
             for axis, (key, factor, title) in zip(line, AXES, strict=True):
@@ -54,7 +57,9 @@ def draw_curves(path: Path, rows: Sequence[Row], results: Results, teachers: Seq
                 axis.set_xlim(left=0)
                 axis.set_ylim(0, 1)
             line[0].set_ylabel(f"{group}: share of correct, crisp images")
-            line[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+            handles, labels = line[-1].get_legend_handles_labels()
+            wrapped = [textwrap.fill(label, LEGEND_WIDTH) for label in labels]
+            line[-1].legend(handles, wrapped, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
         figure.savefig(path, dpi=160)
 
 
