@@ -18,6 +18,7 @@ from torchmetrics import Metric
 from advdmd_lightning.backbones.base import Backbone
 from advdmd_lightning.backbones.roles import Copies, Roles
 from advdmd_lightning.discriminator import Discriminator
+from advdmd_lightning.draws import Draws
 from advdmd_lightning.equations import GRPOLoss, generator_loss
 from advdmd_lightning.flow import Renoising, Transition
 from advdmd_lightning.records import Condition, Trajectory
@@ -190,20 +191,20 @@ class AdvDMDModule(FewStepSampling):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Run one cycle: encode, simulate once, update the guidance, update the generator, log."""
         started = time.perf_counter()
-        noise_source = self._noise_source(self.global_rank)
         real, condition, captions = self._encode(batch)
         trained_steps = self._trained_steps()
-        rollout = self._simulate(condition, trained_steps, noise_source)
-        samples = self._spread(rollout, len(condition), noise_source)
-        metrics = self._update_guidance(samples, real, condition, noise_source)
-        metrics |= self._update_generator(samples, rollout, trained_steps, captions, noise_source)
+        rollout = self._simulate(condition, trained_steps)
+        draws = self._draws("updates", min(len(condition), rollout.batch_size))
+        samples = self._spread(rollout, draws)
+        metrics = self._update_guidance(samples, real, condition, draws)
+        metrics |= self._update_generator(samples, rollout, trained_steps, captions, draws)
         metrics |= sample_metrics(rollout, real)
         self._report(metrics, samples_per_second=rollout.batch_size / (time.perf_counter() - started))
 
-    def _noise_source(self, rank: int) -> torch.Generator:
-        """A generator fixed by seed, step and rank."""
-        key = (self.seed * 1_000_003 + self.global_step) * 65_537 + rank
-        return torch.Generator(self.device).manual_seed(key)
+    def _draws(self, purpose: str, count: int) -> Draws:
+        """Streams of this process's samples, fixed by seed, step, purpose and their places in the global batch."""
+        first = self.global_rank * count
+        return Draws(range(first, first + count), self.seed, self.global_step, purpose, device=self.device)
 
     def _encode(self, batch: dict[str, Any]) -> tuple[Tensor, Condition, Sequence[str]]:
         """Latents, text and captions of a batch, encoded here unless it comes encoded."""
@@ -233,39 +234,32 @@ class AdvDMDModule(FewStepSampling):
         count = self.grpo.trained_steps or len(stochastic)
         if count >= len(stochastic):
             return tuple(stochastic)
-        drawn = torch.randperm(len(stochastic), generator=self._noise_source(rank=-1), device=self.device)[:count]
+        (source,) = Draws([0], self.seed, self.global_step, "trained steps").generators
+        drawn = torch.randperm(len(stochastic), generator=source)[:count]
         return tuple(sorted(stochastic[i] for i in drawn.tolist()))
 
-    def _simulate(
-        self, condition: Condition, trained_steps: Sequence[int], noise_source: torch.Generator
-    ) -> Trajectory:
+    def _simulate(self, condition: Condition, trained_steps: Sequence[int]) -> Trajectory:
         """The cycle's one rollout: the batch's prompts, or with the gate open a group of samples for each."""
         group_size, micro_batch, shared = 1, None, set[int]()
         if self.grpo_weight:
             group_size, micro_batch = self.grpo.group_size, self.grpo.micro_batch
             shared = set(range(len(self.grid) - 1)).difference(trained_steps)
             condition = condition[: self.grpo.groups or len(condition)].repeat_interleave(group_size)
-        noise = self._initial_noise(len(condition), group_size, noise_source)
+        draws = self._draws("rollout", len(condition))
+        noise = draws.noise(self.backbone.latent_shape)
+        if self.grpo.shared_noise:
+            noise = noise[::group_size].repeat_interleave(group_size, 0)
         generator = self.roles.generator
-        return simulate(
-            generator, self.transition, self.grid, condition, noise, noise_source, group_size, micro_batch, shared
-        )
-
-    def _initial_noise(self, count: int, group_size: int, noise_source: torch.Generator) -> Tensor:
-        shared = self.grpo.shared_noise
-        shape = (count // group_size if shared else count, *self.backbone.latent_shape)
-        noise = torch.randn(shape, generator=noise_source, device=self.device)
-        return noise.repeat_interleave(group_size, 0) if shared else noise
+        return simulate(generator, self.transition, self.grid, condition, noise, draws, group_size, micro_batch, shared)
 
     @staticmethod
-    def _spread(rollout: Trajectory, count: int, noise_source: torch.Generator) -> Trajectory:
-        """At most ``count`` samples of the rollout, spread evenly over its prompts, a random member of each stride."""
-        if rollout.batch_size <= count:
+    def _spread(rollout: Trajectory, draws: Draws) -> Trajectory:
+        """As many samples of the rollout as ``draws`` has, evenly over its prompts, a random member of each stride."""
+        count = len(draws)
+        if rollout.batch_size == count:
             return rollout
         edges = torch.arange(count, device=rollout.times.device) * rollout.batch_size // count
-        stride = rollout.batch_size // count
-        offset = torch.randint(stride, (count,), generator=noise_source, device=edges.device)
-        return rollout.select(edges + offset)
+        return rollout.select(edges + draws.integers(0, rollout.batch_size // count - 1))
 
     def _portions(self, samples: Trajectory) -> list[slice]:
         """The samples of each guidance update: all of them, or disjoint parts; the generator takes the first."""
@@ -280,7 +274,7 @@ class AdvDMDModule(FewStepSampling):
         return [slice(i * count // updates, (i + 1) * count // updates) for i in range(updates)]
 
     def _update_guidance(
-        self, samples: Trajectory, real: Tensor, condition: Condition, noise_source: torch.Generator
+        self, samples: Trajectory, real: Tensor, condition: Condition, draws: Draws
     ) -> dict[str, Tensor]:
         """P: several joint updates of fake score and discriminator, each with fresh times and noise.
 
@@ -293,7 +287,6 @@ class AdvDMDModule(FewStepSampling):
             "fake_score": self.roles.fake_score.trainable_parameters(),
             "discriminator": list(self.discriminator.parameters()) if self.critic else [],
         }
-        parameters = [parameter for owned in owners.values() for parameter in owned]
         metrics, judged = MeanMetrics(), []
         for portion in self._portions(samples):
             loss = guidance_loss(
@@ -303,12 +296,12 @@ class AdvDMDModule(FewStepSampling):
                 real[portion],
                 condition[portion],
                 self.distillation,
-                noise_source,
+                draws[portion],
                 self.discriminator_settings,
             )
             self._check_finite("fake_score", "loss", loss.fake_score)
             self._check_finite("discriminator", "loss", loss.discriminator)
-            self.manual_backward(loss.fake_score + loss.discriminator, inputs=parameters)
+            self.manual_backward(loss.fake_score + loss.discriminator)
             metrics.add("loss/fake_score", loss.fake_score)
             if self.critic:
                 metrics.add("loss/discriminator", loss.discriminator)
@@ -318,7 +311,8 @@ class AdvDMDModule(FewStepSampling):
                     metrics.add(f"grad_norm/{role}", self._clip(role, owned, getattr(self.clip, role)))
                     optimizer.optimizer.step()
                     optimizer.optimizer.zero_grad()
-        real_loss = real_score_loss(self.roles.fake_score, real, condition, self.distillation, noise_source)
+        count = len(draws)
+        real_loss = real_score_loss(self.roles.fake_score, real[:count], condition[:count], self.distillation, draws)
         return metrics.means | accuracy_metrics(judged) | {"loss/fake_score_on_real": real_loss}
 
     def _update_generator(
@@ -327,12 +321,13 @@ class AdvDMDModule(FewStepSampling):
         rollout: Trajectory,
         trained_steps: Sequence[int],
         captions: Sequence[str],
-        noise_source: torch.Generator,
+        draws: Draws,
     ) -> dict[str, Tensor]:
         """One optimizer step on the composite objective (3.10)."""
         optimizer, *_ = self._three_optimizers()
         parameters = self.roles.generator.trainable_parameters()
-        metrics = self._backward_prediction(samples.select(self._portions(samples)[0]), noise_source)
+        portion = self._portions(samples)[0]
+        metrics = self._backward_prediction(samples.select(portion), draws[portion])
         if self.grpo_weight:
             metrics |= self._backward_policy(rollout, trained_steps, captions)
         metrics["grpo/gate"] = torch.tensor(self.grpo_gate if self.grpo.weight else 0.0)
@@ -345,18 +340,18 @@ class AdvDMDModule(FewStepSampling):
                 schedule.step()
         return metrics
 
-    def _backward_prediction(self, samples: Trajectory, noise_source: torch.Generator) -> dict[str, Tensor]:
+    def _backward_prediction(self, samples: Trajectory, draws: Draws) -> dict[str, Tensor]:
         """Gradients of the DMD and adversarial terms."""
         settings, distillation = self.discriminator_settings, self.distillation
         if not (distillation.weight or settings.weight or settings.last_step):
             return {}
         loss = generator_losses(
-            self.roles, self.critic, samples, self._empty_condition(), distillation, settings, noise_source
+            self.roles, self.critic, samples, self._empty_condition(), distillation, settings, draws
         )
         adversarial = settings.weight * loss.adversarial + settings.last_step * loss.last_step
         total = generator_loss(distillation.weight * loss.dmd, loss.dmd.new_zeros(()), adversarial, 0.0, 1.0)
         self._check_finite("generator", "DMD and adversarial loss", total)
-        self.manual_backward(total, inputs=self.roles.generator.trainable_parameters())
+        self.manual_backward(total)
         weighed = {
             "loss/dmd": (distillation.weight, loss.dmd),
             "loss/adversarial": (settings.weight, loss.adversarial),
@@ -388,7 +383,6 @@ class AdvDMDModule(FewStepSampling):
     ) -> dict[str, Tensor]:
         """The policy loss's gradient, in micro-batches."""
         generator, teacher = self.roles.generator, self.roles.teacher
-        parameters = generator.trainable_parameters()
         words = [c for c in captions[: rollout.num_groups] for _ in range(rollout.group_size)]
         seen = Rollout(rollout, words, self._score, self._decode)
         advantages, scores = trajectory_advantages(self.rewards, seen, self.grpo)
@@ -398,14 +392,14 @@ class AdvDMDModule(FewStepSampling):
             generator, teacher, self.transition, rollout, advantages.values, self.grpo, trained_steps
         ):
             self._check_finite("generator", "policy loss", part.loss)
-            self.manual_backward(part.loss, inputs=parameters)
+            self.manual_backward(part.loss)
             policy = part.detach() if policy is None else policy + part.detach()
         assert policy is not None, "checked at construction: a policy has a stochastic step"
         if self.grpo.pathwise and self.critic:
             reward = torch.zeros((), device=self.device)
             for loss in pathwise_losses(generator, self.critic, self.transition, rollout, self.grpo.micro_batch):
                 self._check_finite("generator", "pathwise loss", loss)
-                self.manual_backward(self.grpo.pathwise * loss, inputs=parameters)
+                self.manual_backward(self.grpo.pathwise * loss)
                 reward -= loss.detach()
             metrics["loss/pathwise"] = -reward
         return metrics | {

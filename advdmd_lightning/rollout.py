@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
+from advdmd_lightning.draws import Draws
 from advdmd_lightning.flow import Gaussian, Transition, gaussian_log_prob
 from advdmd_lightning.records import Condition, Trajectory
 
@@ -20,7 +21,7 @@ def simulate(
     grid: Tensor,
     condition: Condition,
     noise: Tensor,
-    generator: torch.Generator | None = None,
+    draws: Draws,
     group_size: int = 1,
     micro_batch: int | None = None,
     shared_steps: Collection[int] = (),
@@ -33,7 +34,7 @@ def simulate(
         grid: (K + 1,) times from 1 to 0.
         condition: B prompts; the samples of one group are consecutive.
         noise: (B, C, H, W) initial states.
-        generator: source of the steps' noise.
+        draws: streams of the B samples, for the steps' noise.
         group_size: samples per prompt, a divisor of B.
         micro_batch: samples per pass; ``None`` = all at once. A replay must use the same for bitwise equality.
         shared_steps: steps in which the members of a group draw one noise, each in [0, K).
@@ -42,9 +43,10 @@ def simulate(
         The trajectory.
     """
     size = micro_batch or len(noise)
+    stochastic = tuple(transition.stochastic_steps(grid))
     states, log_probs = [noise.float()], []
     for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
-        step_noise = torch.randn(noise.shape, generator=generator, device=noise.device)
+        step_noise = draws.noise(noise.shape[1:]) if stochastic[k] else torch.zeros_like(states[0])
         if k in shared_steps:
             step_noise = step_noise[::group_size].repeat_interleave(group_size, 0)
         parts, parts_log_prob = [], []
@@ -59,7 +61,7 @@ def simulate(
         states=torch.stack(states),
         times=grid,
         log_probs=torch.stack(log_probs),
-        stochastic=tuple(transition.stochastic_steps(grid)),
+        stochastic=stochastic,
         condition=condition,
         group_size=group_size,
     )

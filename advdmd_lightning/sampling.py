@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from advdmd_lightning.backbones.base import Backbone
+from advdmd_lightning.draws import Draws
 from advdmd_lightning.flow import Transition, few_step_grid
 from advdmd_lightning.rollout import simulate
 
@@ -68,15 +69,15 @@ class FewStepSampling(L.LightningModule, ABC):
         Args:
             captions: B captions.
             noise: (B, C, h, w) initial noise; drawn from ``seed`` if not given.
-            seed: seed of the initial noise and of the steps' noise.
+            seed: seed of the initial noise and of the steps' noise; image i draws the same in any batch.
             num_steps: steps of the grid; by default those of the training.
 
         Returns:
             (B, 3, H, W) images in [-1, 1].
         """
-        source = torch.Generator(self.device).manual_seed(seed)
+        draws = Draws(range(len(captions)), seed, "sample", device=self.device)
         if noise is None:
-            noise = torch.randn((len(captions), *self.backbone.latent_shape), generator=source, device=self.device)
+            noise = draws.noise(self.backbone.latent_shape)
         grid = self.grid if num_steps is None else few_step_grid(num_steps, self.backbone.shift).to(self.device)
         network = self.generator if self.sampling_network is None else self.sampling_network.to(self.device)
         trajectory = simulate(
@@ -85,7 +86,7 @@ class FewStepSampling(L.LightningModule, ABC):
             grid,
             self.backbone.encode_text(captions),
             noise.to(self.device),
-            source,
+            draws,
         )
         return self.backbone.decode(trajectory.x0)
 

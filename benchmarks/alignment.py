@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from advdmd_lightning.draws import Draws
 from advdmd_lightning.evaluation.entrants import initial_noise
 from advdmd_lightning.module import AdvDMDModule
 from advdmd_lightning.rewards import CLIPScoreReward, DiscriminatorReward, Reward, Rollout
@@ -40,9 +41,9 @@ def alignment(
     words = [prompt for prompt in prompts for _ in range(group_size)]
     condition = module.backbone.encode_text(prompts).repeat_interleave(group_size)
     noise = initial_noise(module.backbone, len(prompts), SEED).repeat_interleave(group_size, 0)
-    source = torch.Generator(module.device).manual_seed(SEED)
+    draws = Draws(range(len(words)), SEED, "alignment", device=module.device)
     rollout = simulate(
-        module.roles.generator, module.transition, module.grid, condition, noise, source, group_size, MICRO_BATCH
+        module.roles.generator, module.transition, module.grid, condition, noise, draws, group_size, MICRO_BATCH
     )
     critic, rewards = module.critic, list[Reward]([CLIPScoreReward()])
     if critic is not None:

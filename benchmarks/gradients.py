@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from advdmd_lightning.draws import Draws
 from advdmd_lightning.module import AdvDMDModule
 from advdmd_lightning.records import Condition, Trajectory
 from advdmd_lightning.rewards import CLIPScoreReward, DiscriminatorReward, Reward, Rollout
@@ -39,7 +40,7 @@ def gradient_signal(module: AdvDMDModule, repeats: int = REPEATS, groups: int | 
         Mean cosine for ``dmd`` (of a quarter of the samples), and for the policy loss with CLIPScore and with the
         discriminator, ``grpo/clip_score`` and ``grpo/discriminator``, and for ``pathwise``, as far as there are any.
     """
-    estimators: dict[str, Callable[[Trajectory, Rollout, torch.Generator], None]] = {}
+    estimators: dict[str, Callable[[Trajectory, Rollout, Draws], None]] = {}
     if module.distillation.weight:
         estimators["dmd"] = partial(_dmd, module)
     if any(module.transition.stochastic_steps(module.grid)):
@@ -57,48 +58,48 @@ def gradient_signal(module: AdvDMDModule, repeats: int = REPEATS, groups: int | 
 
 def _gradients(
     module: AdvDMDModule,
-    estimators: dict[str, Callable[[Trajectory, Rollout, torch.Generator], None]],
+    estimators: dict[str, Callable[[Trajectory, Rollout, Draws], None]],
     number: int,
     groups: int,
 ) -> dict[str, Tensor]:
     """Every estimator's gradient from one rollout of its own."""
-    source = torch.Generator(module.device).manual_seed(STREAM + number)
     prompts = draw_batch(groups, STREAM, number)["caption"]
     condition = module.backbone.encode_text(prompts).repeat_interleave(GROUP_SIZE)
-    noise = torch.randn((len(condition), *module.backbone.latent_shape), generator=source, device=module.device)
+    draws = Draws(range(len(condition)), STREAM, number, device=module.device)
+    noise = draws.noise(module.backbone.latent_shape)
     generator = module.roles.generator
-    rollout = simulate(generator, module.transition, module.grid, condition, noise, source, GROUP_SIZE, GROUP_SIZE * 8)
+    rollout = simulate(generator, module.transition, module.grid, condition, noise, draws, GROUP_SIZE, GROUP_SIZE * 8)
     words = [prompt for prompt in prompts for _ in range(GROUP_SIZE)]
     seen = Rollout(rollout, words, partial(_score, module), module.backbone.decode)
     found = {}
     for name, estimate in estimators.items():
-        estimate(rollout, seen, source)
+        estimate(rollout, seen, draws)
         gradients = take_gradients(generator.trainable_parameters())
         found[name] = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
     return found
 
 
-def _dmd(module: AdvDMDModule, rollout: Trajectory, _: Rollout, source: torch.Generator) -> None:
+def _dmd(module: AdvDMDModule, rollout: Trajectory, _: Rollout, draws: Draws) -> None:
     samples = rollout.select(torch.arange(0, rollout.batch_size, 4, device=module.device))
     empty = module.backbone.encode_text([""])
-    loss = generator_losses(
-        module.roles, module.critic, samples, empty, module.distillation, module.discriminator_settings, source
-    )
-    loss.dmd.backward(inputs=module.roles.generator.trainable_parameters())
+    roles, critic, settings = module.roles, module.critic, module.discriminator_settings
+    own = draws[: samples.batch_size]
+    loss = generator_losses(roles, critic, samples, empty, module.distillation, settings, own)
+    loss.dmd.backward()
 
 
-def _policy(module: AdvDMDModule, reward: Reward, rollout: Trajectory, seen: Rollout, _: torch.Generator) -> None:
+def _policy(module: AdvDMDModule, reward: Reward, rollout: Trajectory, seen: Rollout, _: Draws) -> None:
     advantages, _scores = trajectory_advantages([reward], seen, module.grpo)
     generator = module.roles.generator
     for part in policy_losses(generator, None, module.transition, rollout, advantages.values, module.grpo):
-        part.loss.backward(inputs=generator.trainable_parameters())
+        part.loss.backward()
 
 
-def _pathwise(module: AdvDMDModule, rollout: Trajectory, _: Rollout, __: torch.Generator) -> None:
+def _pathwise(module: AdvDMDModule, rollout: Trajectory, _: Rollout, __: Draws) -> None:
     assert module.critic is not None, "only called with one"
     generator = module.roles.generator
     for loss in pathwise_losses(generator, module.critic, module.transition, rollout, module.grpo.micro_batch):
-        loss.backward(inputs=generator.trainable_parameters())
+        loss.backward()
 
 
 def _score(module: AdvDMDModule, x_t: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:

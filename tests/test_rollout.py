@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from advdmd_lightning.draws import Draws
 from advdmd_lightning.flow import ODE, CoefficientPreserving, FlowSDE, Renoising, gaussian_log_prob, x0_from_velocity
 from advdmd_lightning.rollout import replay, simulate, split
 from tests.training import CAPTIONS, rollout, tiny_backbone, tiny_module
@@ -25,12 +26,12 @@ def test_equals_the_scheduler_of_diffusers(generator, transition, noisy, num_ste
     ours = rollout(generator, transition, num_steps=num_steps, seed=5)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=tiny_backbone().shift, stochastic_sampling=noisy)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps))
-    source = torch.Generator().manual_seed(5)
-    x_t = torch.randn(ours.x0.shape, generator=source)
+    draws = Draws(range(len(ours.x0)), 5)
+    x_t = draws.noise(ours.x0.shape[1:])
     for k, timestep in enumerate(scheduler.timesteps):
         with torch.no_grad():
             velocity = generator(x_t, timestep / 1000, ours.condition)
-        x_t = scheduler.step(velocity, timestep, x_t, generator=source, return_dict=False)[0]
+        x_t = scheduler.step(velocity, timestep, x_t, generator=draws.generators, return_dict=False)[0]
         torch.testing.assert_close(ours.states[k + 1], x_t, rtol=1e-4, atol=1e-5)
 
 
@@ -88,6 +89,6 @@ def test_starts_from_the_given_noise_in_float32(generator):
     backbone = tiny_backbone()
     noise = torch.randn((2, *backbone.latent_shape), dtype=torch.bfloat16)
     grid = torch.tensor([1.0, 0.75, 0.0])
-    samples = simulate(generator, Renoising(), grid, backbone.encode_text(CAPTIONS[:2]), noise)
+    samples = simulate(generator, Renoising(), grid, backbone.encode_text(CAPTIONS[:2]), noise, Draws(range(2)))
     assert torch.equal(samples.states[0], noise.float())
     assert samples.states.dtype == samples.log_probs.dtype == torch.float32

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from advdmd_lightning.backbones import SD3Backbone
 from advdmd_lightning.data import ImageCaptionDataModule, ShapesStream
+from advdmd_lightning.draws import Draws
 from advdmd_lightning.flow import few_step_grid
 from advdmd_lightning.module import AdvDMDModule
 from advdmd_lightning.rollout import simulate
@@ -75,12 +76,12 @@ def fit(module, folder, max_steps=1, callbacks=(), data=None, ckpt_path=None, **
 def rollout(role, transition, groups=2, group_size=2, num_steps=3, micro_batch=None, seed=0, shared_noise=False):
     """A rollout of a role on the first captions."""
     backbone = tiny_backbone()
-    source = torch.Generator().manual_seed(seed)
-    noise = torch.randn((groups if shared_noise else groups * group_size, *backbone.latent_shape), generator=source)
-    noise = noise.repeat_interleave(group_size, 0) if shared_noise else noise
+    draws = Draws(range(groups * group_size), seed)
+    noise = draws.noise(backbone.latent_shape)
+    noise = noise[::group_size].repeat_interleave(group_size, 0) if shared_noise else noise
     condition = backbone.encode_text(CAPTIONS[:groups]).repeat_interleave(group_size)
     grid = few_step_grid(num_steps, backbone.shift)
-    return simulate(role, transition, grid, condition, noise, source, group_size, micro_batch)
+    return simulate(role, transition, grid, condition, noise, draws, group_size, micro_batch)
 
 
 def snapshot(module) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from tqdm import tqdm
 
 from advdmd_lightning.backbones.base import Backbone
+from advdmd_lightning.draws import Draws
 from advdmd_lightning.equations import guided_velocity
 from advdmd_lightning.flow import ODE, Transition, few_step_grid
 from advdmd_lightning.records import Condition
@@ -70,7 +71,9 @@ class Score:
 
 
 @torch.no_grad()
-def generate(backbone: Backbone, entrant: Entrant, condition: Condition, noise: Tensor, seed: int) -> Tensor:
+def generate(
+    backbone: Backbone, entrant: Entrant, condition: Condition, noise: Tensor, seed: int, first: int = 0
+) -> Tensor:
     """Sample images.
 
     Args:
@@ -79,6 +82,7 @@ def generate(backbone: Backbone, entrant: Entrant, condition: Condition, noise: 
         condition: B prompts.
         noise: (B, C, h, w) initial noise.
         seed: seed of the noise inside a stochastic sampler.
+        first: number of the first image; an image's noise is fixed by seed and number.
 
     Returns:
         (B, 3, H, W) images in [-1, 1].
@@ -93,8 +97,8 @@ def generate(backbone: Backbone, entrant: Entrant, condition: Condition, noise: 
         return guided_velocity(cond, uncond, entrant.guidance)
 
     grid = few_step_grid(entrant.steps, backbone.shift).to(noise.device)
-    source = torch.Generator(noise.device).manual_seed(seed)
-    return backbone.decode(simulate(velocity, entrant.transition, grid, condition, noise, source).x0)
+    draws = Draws(range(first, first + len(noise)), seed, "steps", device=noise.device)
+    return backbone.decode(simulate(velocity, entrant.transition, grid, condition, noise, draws).x0)
 
 
 def evaluate(
@@ -105,7 +109,7 @@ def evaluate(
     Args:
         backbone: the family of the entrant's network.
         entrant: the network and its sampler.
-        captions: what to draw; image i starts from the same noise for every entrant.
+        captions: what to draw; image i draws the same noise for every entrant and batch size.
         metric: updated with ``(images, captions)``; computes a dictionary or one value.
         seed: seed of the noise.
         batch_size: images per pass.
@@ -113,11 +117,11 @@ def evaluate(
     metric.reset()
     seconds = 0.0
     parts = split(len(captions), batch_size)
-    for number, part in enumerate(tqdm(parts, desc=entrant.label, leave=False)):
+    for part in tqdm(parts, desc=entrant.label, leave=False):
         started = time.perf_counter()
         words = list(captions[part])
         noise = initial_noise(backbone, len(captions), seed)[part]
-        images = generate(backbone, entrant, backbone.encode_text(words), noise, seed + number + 1)
+        images = generate(backbone, entrant, backbone.encode_text(words), noise, seed, part.start)
         seconds += time.perf_counter() - started
         metric.update(images, words)
     values = metric.compute()

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from advdmd_lightning.backbones.roles import Role, Roles
+from advdmd_lightning.draws import Draws
 from advdmd_lightning.equations import adversarial_loss, dmd_loss, guided_velocity
 from advdmd_lightning.flow import add_noise, x0_from_velocity
 from advdmd_lightning.records import Condition, Trajectory
 from advdmd_lightning.settings import DiscriminatorSettings, DistillationSettings
 from advdmd_lightning.updates.critic import Critic
-from advdmd_lightning.updates.draws import draw_steps, draw_times, noise_like, states_at
+from advdmd_lightning.updates.draws import draw_times, states_at
+from advdmd_lightning.updates.gradients import carry_gradient
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def generator_losses(
     empty: Condition,
     distillation: DistillationSettings,
     discriminator: DiscriminatorSettings,
-    generator: torch.Generator,
+    draws: Draws,
 ) -> GeneratorLoss:
     """DMD loss (3.1) and adversarial loss (3.8) of one-pass predictions from random states of the rollout.
 
@@ -64,25 +66,28 @@ def generator_losses(
         empty: condition of the empty caption, for the real score's guidance.
         distillation: guidance, the draw of t, the normaliser's floor.
         discriminator: which adversarial terms are wanted; one without weight costs nothing.
-        generator: source of noise, times and steps.
+        draws: streams of the B samples, for noise, times and steps.
     """
-    condition, count = trajectory.condition, trajectory.batch_size
-    step = draw_steps(0, trajectory.num_steps - 1, count, trajectory.x0, generator)
+    condition = trajectory.condition
+    step = draws.integers(0, trajectory.num_steps - 1)
     x_k, t_k = states_at(trajectory, step), trajectory.times[step]
     x0 = x0_from_velocity(x_k, roles.generator(x_k, t_k, condition), t_k)
 
-    t, noise = draw_times(count, distillation, x0, generator), noise_like(x0, generator)
-    x_t = add_noise(x0, noise, t)
+    t = draw_times(distillation, draws)
+    x_t = add_noise(x0, draws.noise(x0.shape[1:]), t)
     still, fake_velocity = x_t.detach(), None
     dmd = adversarial = last_step = x0.new_zeros(())
     x0_gradient = torch.zeros_like(x0)
     if critic is not None and discriminator.weight:
-        fake_velocity, features = critic.velocity_and_features(roles.fake_score, x_t, t, condition)
-        adversarial = adversarial_loss(critic.heads(features))
+        leaf = x_t.detach().requires_grad_(True)
+        fake_velocity, features = critic.velocity_and_features(roles.fake_score, leaf, t, condition)
+        adversarial = carry_gradient(adversarial_loss(critic.heads(features)), leaf, x_t)
     if critic is not None and discriminator.last_step:
         last = (step == trajectory.num_steps - 1).nonzero().flatten()
         if len(last):
-            last_step = adversarial_loss(critic.logits(x0[last], torch.zeros_like(t[last]), condition[last]))
+            leaf = x0[last].detach().requires_grad_(True)
+            judged = adversarial_loss(critic.logits(leaf, torch.zeros_like(t[last]), condition[last]))
+            last_step = carry_gradient(judged, leaf, x0[last])
     if distillation.weight:
         if fake_velocity is None:
             with torch.no_grad():

@@ -33,3 +33,28 @@ def add_gradients(parameters: Sequence[nn.Parameter], others: Gradients, weight:
 def gradient_norm(gradients: Gradients) -> Tensor:
     """Return the norm over all gradients, 0-d; 0 where there is none."""
     return nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+
+
+def carry_gradient(loss: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
+    """Differentiate a loss up to one of its inputs, and hand the gradient on.
+
+    So a loss goes through a network whose own weights shall get no gradient: they stay trainable, which neither a
+    sharded network nor a compiled one likes to have changed between passes.
+
+    Args:
+        loss: 0-d, a function of ``leaf``; its graph is freed.
+        leaf: detached copy of ``x`` that requires a gradient.
+        x: what the gradient goes on to, with autograd history.
+
+    Returns:
+        0-d, with the value of ``loss`` and its gradient in ``x``.
+
+    Example:
+        >>> x = torch.tensor(3.0, requires_grad=True)
+        >>> leaf = x.detach().requires_grad_()
+        >>> carry_gradient(leaf ** 2, leaf, x).backward()
+        >>> x.grad
+        tensor(6.)
+    """
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.detach() + ((x - x.detach()) * gradient).sum()

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from advdmd_lightning.backbones.roles import Role, Roles
+from advdmd_lightning.draws import Draws
 from advdmd_lightning.equations import ambient_score_loss, discriminator_loss, fake_score_loss
 from advdmd_lightning.flow import add_noise, renoise
 from advdmd_lightning.records import Condition, Trajectory
 from advdmd_lightning.settings import DiscriminatorSettings, DistillationSettings
 from advdmd_lightning.updates.critic import Accuracy, Critic
-from advdmd_lightning.updates.draws import draw_steps, draw_times, noise_like, states_at
+from advdmd_lightning.updates.draws import draw_times, states_at
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def guidance_loss(
     real: Tensor,
     real_condition: Condition,
     settings: DistillationSettings,
-    generator: torch.Generator,
+    draws: Draws,
     discriminator: DiscriminatorSettings = DiscriminatorSettings(),  # noqa: B008  (frozen)
 ) -> GuidanceLoss:
     """Joint loss of the fake score (3.2) and the discriminator (3.7).
@@ -80,21 +81,21 @@ def guidance_loss(
         real: (B, C, H, W) latents of real images.
         real_condition: their captions.
         settings: the draw of t, the share of ambient targets.
-        generator: source of noise and times.
+        draws: streams of the B samples, for noise and times.
         discriminator: the share of mismatched captions.
 
     Raises:
         ValueError: if captions shall be mismatched in a batch of one.
     """
-    condition, task = trajectory.condition, _regression(trajectory, settings, generator)
+    condition, task = trajectory.condition, _regression(trajectory, settings, draws)
     if critic is None:
         velocity = roles.fake_score(task.x_t, task.t, condition)
         return GuidanceLoss(task.loss(velocity), velocity.new_zeros(()))
     velocity, renoised = critic.velocity_and_features(roles.fake_score, task.x_t, task.t, condition)
     count, num_steps = trajectory.batch_size, trajectory.num_steps
-    step = draw_steps(1, num_steps, count, real, generator)
+    step = draws.integers(1, num_steps)
     states, levels = states_at(trajectory, step), trajectory.times[step]
-    real_states = add_noise(real, noise_like(real, generator), levels)
+    real_states = add_noise(real, draws.noise(real.shape[1:]), levels)
     inputs = [
         (states, levels, condition),
         (add_noise(real, task.noise, task.t), task.t, real_condition),
@@ -106,7 +107,7 @@ def guidance_loss(
                 f"`model.discriminator.mismatched` is {discriminator.mismatched}, but a batch of one has no other "
                 "caption: set `data.batch_size` to 2 or more, or the share to 0"
             )
-        inputs.append((real_states, levels, real_condition[torch.arange(count, device=real.device).roll(1)]))
+        inputs.append((real_states, levels, real_condition[_neighbours(count, real.device)]))
     x_t, t, conditions = zip(*inputs, strict=True)
     with torch.no_grad():  # one pass for what is generated, at its own levels, and for the real latents at both
         maps = critic.features(torch.cat(x_t), torch.cat(t), Condition.cat(conditions))
@@ -130,21 +131,27 @@ def guidance_loss(
 
 @torch.no_grad()
 def real_score_loss(
-    fake_score: Role, real: Tensor, condition: Condition, settings: DistillationSettings, generator: torch.Generator
+    fake_score: Role, real: Tensor, condition: Condition, settings: DistillationSettings, draws: Draws
 ) -> Tensor:
-    """Return the fake score's loss (3.2) on real latents, 0-d: beside that on generated ones, a sign of health."""
-    t, noise = draw_times(len(real), settings, real, generator), noise_like(real, generator)
+    """Return the fake score's loss (3.2) on B real latents, 0-d: beside that on generated ones, a sign of health."""
+    t, noise = draw_times(settings, draws), draws.noise(real.shape[1:])
     return fake_score_loss(fake_score(add_noise(real, noise, t), t, condition), real, noise)
 
 
-def _regression(trajectory: Trajectory, settings: DistillationSettings, generator: torch.Generator) -> _Regression:
+def _neighbours(count: int, device: torch.device) -> Tensor:
+    """Swap the samples in pairs, so that nobody keeps their own; the last of an odd number takes the first's."""
+    pairs = torch.arange(count, device=device) ^ 1
+    return torch.where(pairs < count, pairs, 0)
+
+
+def _regression(trajectory: Trajectory, settings: DistillationSettings, draws: Draws) -> _Regression:
     """Draw times and noise; the first ``ambient_share`` of the samples start from a noisy state."""
     x0, count = trajectory.x0, trajectory.batch_size
-    t, noise = draw_times(count, settings, x0, generator), noise_like(x0, generator)
+    t, noise = draw_times(settings, draws), draws.noise(x0.shape[1:])
     x_t, n = add_noise(x0, noise, t), round(settings.ambient_share * count)
     if not n:
         return _Regression(x_t, t, noise, x0, x0[:0], t[:0])
-    step = draw_steps(1, trajectory.num_steps - 1, n, x0, generator)
+    step = draws[:n].integers(1, trajectory.num_steps - 1)
     x_s, s = states_at(trajectory, step), trajectory.times[step]
     t = torch.cat([s + (1 - s) * t[:n], t[n:]])
     return _Regression(torch.cat([renoise(x_s, noise[:n], s, t[:n]), x_t[n:]]), t, noise, x0, x_s, s)

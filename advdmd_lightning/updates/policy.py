@@ -15,6 +15,7 @@ from advdmd_lightning.rewards.base import Reward, Rollout
 from advdmd_lightning.rollout import replay, split
 from advdmd_lightning.settings import GRPOSettings
 from advdmd_lightning.updates.critic import Critic
+from advdmd_lightning.updates.gradients import carry_gradient
 
 
 def trajectory_advantages(
@@ -91,7 +92,7 @@ def pathwise_losses(
     for k in range(trajectory.num_steps):
         for part in split(trajectory.batch_size, micro_batch):
             mean = replay(generator, transition, trajectory, k, part).mean
-            state = mean + (trajectory.states[k + 1, part] - mean).detach()
+            state = trajectory.states[k + 1, part].clone().requires_grad_(True)
             t = trajectory.times[k + 1].expand(len(state))
             reward = discriminator_score(critic.logits(state, t, trajectory.condition[part]))
-            yield -reward.sum() / total
+            yield carry_gradient(-reward.sum() / total, state, mean)
