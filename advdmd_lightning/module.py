@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torchmetrics import Metric
 
+from advdmd_lightning.average import WeightAverage
 from advdmd_lightning.backbones.base import Backbone
-from advdmd_lightning.backbones.roles import Copies, Roles
+from advdmd_lightning.backbones.roles import Copies, Role, Roles
 from advdmd_lightning.discriminator import Discriminator
 from advdmd_lightning.draws import Draws
 from advdmd_lightning.equations import GRPOLoss, generator_loss
@@ -31,6 +34,7 @@ from advdmd_lightning.settings import (
     DistillationSettings,
     GRPOSettings,
     GuidanceSettings,
+    NetworkSettings,
 )
 from advdmd_lightning.updates import (
     MeanMetrics,
@@ -84,6 +88,7 @@ class AdvDMDModule(FewStepSampling):
         guidance: joint updates of fake score and discriminator.
         rewards: rewards of the policy, by default the discriminator alone (P).
         clip: largest gradient norm per role.
+        networks: how the networks run: memory against time.
         generator_optimizer: makes the generator's optimizer.
         fake_score_optimizer: makes the fake score's optimizer.
         discriminator_optimizer: makes the heads' optimizer.
@@ -99,6 +104,8 @@ class AdvDMDModule(FewStepSampling):
 
     Attributes:
         grpo_gate: share of λ_grpo in force, set by callbacks before a cycle; 0 closes the gate.
+        keeps_average: whether ``configure_model`` makes an average; set by ``GeneratorEMA``.
+        average: the generator's averaged weights, from which it samples; None = it samples with its own.
         last_metrics: what the last cycle logged.
     """
 
@@ -114,6 +121,7 @@ class AdvDMDModule(FewStepSampling):
         guidance: GuidanceSettings = GuidanceSettings(),  # noqa: B008
         rewards: Sequence[Reward] | None = None,
         clip: ClipSettings = ClipSettings(),  # noqa: B008
+        networks: NetworkSettings = NetworkSettings(),  # noqa: B008
         generator_optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-5, betas=(0.9, 0.99), weight_decay=0.0),
         fake_score_optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-5, betas=(0.9, 0.99), weight_decay=0.0),
         discriminator_optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-4, betas=(0.5, 0.99), weight_decay=0.0),
@@ -126,7 +134,7 @@ class AdvDMDModule(FewStepSampling):
         super().__init__(backbone, num_steps, transition, metrics, seed)
         self.automatic_optimization = False
         self.distillation, self.grpo, self.guidance = distillation, grpo, guidance
-        self.discriminator_settings, self.clip = discriminator, clip
+        self.discriminator_settings, self.clip, self.networks = discriminator, clip, networks
         self.rewards = list(rewards) if rewards is not None else [DiscriminatorReward()]
         self._check_policy()
         self.roles = roles(backbone)
@@ -138,6 +146,8 @@ class AdvDMDModule(FewStepSampling):
         self._make_optimizers = (generator_optimizer, fake_score_optimizer, discriminator_optimizer)
         self._make_schedules = (generator_schedule, fake_score_schedule, discriminator_schedule)
         self.grpo_gate = 1.0
+        self.keeps_average, self.average = False, cast("WeightAverage | None", None)
+        self._configured = False
         self.last_metrics: dict[str, float] = {}
         self._empty: Condition | None = None
 
@@ -177,14 +187,59 @@ class AdvDMDModule(FewStepSampling):
         return any(self._adversarial_weights()) or (self.grpo.weight > 0 and policy)
 
     @property
-    def generator(self) -> nn.Module:
-        """The generator's network."""
-        return self.roles.generator.network
+    def generator(self) -> Role:
+        """The generator: its velocity when called, its trained weights as parameters."""
+        return self.roles.generator
 
     @property
     def generator_updates(self) -> int:
         """Generator updates so far, the trainer's ``global_step``."""
         return self.trainer.global_step
+
+    # ------------------------------------------------------------------ before the first cycle
+
+    def configure_model(self) -> None:
+        """Set up the networks, once, and the average if a callback wants one; Lightning calls this in every stage."""
+        if not self._configured:
+            self.roles.prepare(self.networks)
+            self._configured = True
+        if self.keeps_average and self.average is None:
+            self.average = WeightAverage(self.averaged_weights())
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """Return the weights that an average is of: the generator's trained ones, by name."""
+        return dict(self.generator.named_parameters())
+
+    def sampling_weights(self) -> AbstractContextManager[None]:
+        """Return the context in which the generator's weights are their average, if there is one."""
+        return nullcontext() if self.average is None else self.average.swapped(self.averaged_weights())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep an average if the checkpoint has one; begin it with the generator's weights if only this run keeps one.
+
+        Raises:
+            ValueError: if the checkpoint's average is of other weights.
+        """
+        state = checkpoint.get("state_dict")  # of a sharded checkpoint the strategy has read it already
+        if state is None:
+            return
+        found = {name for name in state if name.startswith("average.")}
+        if not found and self.average is None:
+            return
+        fresh = self.average or WeightAverage(self.averaged_weights())
+        names = {f"average.{name}" for name in fresh.state_dict()}
+        if not found:
+            rank_zero_warn(
+                "The checkpoint has no average of the generator: it begins with the generator's own weights."
+            )
+            weights = {name: state[f"roles.generator.{name}"] for name in self.averaged_weights()}
+            state |= {f"average.{name}": value for name, value in WeightAverage(weights).state_dict().items()}
+        elif found != names:
+            raise ValueError(
+                "The checkpoint's average is of other weights than this generator trains: resume with the "
+                "`model.backbone` and `model.roles` of the run that wrote it"
+            )
+        self.average = fresh
 
     # ------------------------------------------------------------------ one cycle
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning as L
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from advdmd_lightning.backbones.base import Backbone
+from advdmd_lightning.backbones.roles import Role
 from advdmd_lightning.draws import Draws
 from advdmd_lightning.flow import Transition, few_step_grid
 from advdmd_lightning.rollout import simulate
@@ -29,7 +31,6 @@ class FewStepSampling(L.LightningModule, ABC):
 
     Attributes:
         grid: (K + 1,) times from 1 to 0, trailing and shifted.
-        sampling_network: network that ``sample`` uses instead of the generator's; see ``sample_from``.
     """
 
     grid: Tensor
@@ -46,19 +47,20 @@ class FewStepSampling(L.LightningModule, ABC):
         self.backbone, self.transition, self.seed = backbone, transition, seed
         self.register_buffer("grid", few_step_grid(num_steps, backbone.shift), persistent=False)
         self.metrics = MetricCollection(dict(metrics or {}))
-        self.sampling_network: nn.Module | None = None
 
     @property
     @abstractmethod
-    def generator(self) -> nn.Module:
-        """The generator's network."""
+    def generator(self) -> Role:
+        """The generator."""
 
-    def sample_from(self, network: nn.Module | None) -> None:
-        """Let ``sample`` use this network, an average of the generator for instance; None = the generator's own.
+    @abstractmethod
+    def sampling_weights(self) -> AbstractContextManager[None]:
+        """Return the context in which the generator has the weights to sample with."""
 
-        It is only referred to: an ordinary assignment would register it, and checkpoints would contain it.
-        """
-        object.__setattr__(self, "sampling_network", network)
+    def student(self) -> nn.Module:
+        """Return a network of the generator's own, on the CPU, with the weights to sample with."""
+        with self.sampling_weights():
+            return self.generator.standalone()
 
     @torch.no_grad()
     def sample(
@@ -79,15 +81,9 @@ class FewStepSampling(L.LightningModule, ABC):
         if noise is None:
             noise = draws.noise(self.backbone.latent_shape)
         grid = self.grid if num_steps is None else few_step_grid(num_steps, self.backbone.shift).to(self.device)
-        network = self.generator if self.sampling_network is None else self.sampling_network.to(self.device)
-        trajectory = simulate(
-            lambda x_t, t, condition: self.backbone.velocity(network, x_t, t, condition),
-            self.transition,
-            grid,
-            self.backbone.encode_text(captions),
-            noise.to(self.device),
-            draws,
-        )
+        condition = self.backbone.encode_text(captions)
+        with self.sampling_weights():
+            trajectory = simulate(self.generator, self.transition, grid, condition, noise.to(self.device), draws)
         return self.backbone.decode(trajectory.x0)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -155,6 +155,25 @@ class GuidanceSettings:
 
 
 @dataclass(frozen=True)
+class NetworkSettings:
+    """How the three roles' networks run: memory against time.
+
+    Attributes:
+        checkpoint_every: keep only the inputs of every n-th block for the backward pass and compute its inside again
+            there: 1 = all blocks, which needs the least memory; null = none.
+        compile: compile each block with ``torch.compile``, which takes minutes at the start.
+    """
+
+    checkpoint_every: int | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        every = self.checkpoint_every
+        _require(every is None or every >= 1, "networks.checkpoint_every", every, "give null for none, 1 for all")
+
+
+@dataclass(frozen=True)
 class ClipSettings:
     """Largest gradient norm per role (O: 10, as in DMD2's code; null = no clipping)."""
 

@@ -155,7 +155,7 @@ def last_checkpoint(folder: Path) -> Path:
 
 def student(module: AdvDMDModule, label: str) -> Entrant:
     """Return the module's generator as an entrant: averaged weights where there are some, its own sampler and steps."""
-    network = (module.sampling_network or module.generator).to(module.device)
+    network = module.student().to(module.device)
     return Entrant(label, network, len(module.grid) - 1, transition=module.transition)
 
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import lightning as L
-import torch
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
 
 from advdmd_lightning.callbacks.schedule import at_least, is_due
 from advdmd_lightning.module import AdvDMDModule
 
 
 class GeneratorEMA(L.Callback):
-    """Keeps an exponential moving average of the generator's trained weights, in float32, and samples from it.
+    """Keeps an exponential moving average of the generator's trained weights, in float32, for sampling.
 
-    The average lives in a network of its own, from which validation, test, predict and ``sample`` draw; no weights are
-    ever swapped. It is part of the checkpoint, as this callback's state.
+    The average is a part of the module and of its checkpoints, sharded as the weights are. Validation, test, predict
+    and ``sample`` take it in place of the weights while they draw; training never sees it.
 
     Args:
         decay: Share of the past per update, in [0, 1); the n-th update (from 0) uses min(decay, (1 + n) / (10 + n)),
@@ -27,7 +23,6 @@ class GeneratorEMA(L.Callback):
         every: Generator updates between two updates of the average.
 
     Attributes:
-        network: The averaged network, in eval mode; None before a stage has started.
         updates: Updates of the average so far.
 
     Raises:
@@ -40,76 +35,33 @@ class GeneratorEMA(L.Callback):
         self.decay = decay
         self.start = at_least(0, start, "start of GeneratorEMA")
         self.every = at_least(1, every, "every of GeneratorEMA")
-        self.network: nn.Module | None = None
         self.updates = 0
-        self._names: list[str] = []
-        self._saved: dict[str, Tensor] | None = None
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: AdvDMDModule) -> None:  # type: ignore[override]
-        """Put the network in place."""
-        self._install(pl_module)
+    def setup(self, trainer: L.Trainer, pl_module: AdvDMDModule, stage: str) -> None:  # type: ignore[override]
+        """Have the module keep an average, from before its weights are restored."""
+        pl_module.keeps_average = True
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: AdvDMDModule) -> None:  # type: ignore[override]
-        """Put the network in place."""
-        self._install(pl_module)
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: AdvDMDModule) -> None:  # type: ignore[override]
-        """Put the network in place."""
-        self._install(pl_module)
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: AdvDMDModule) -> None:  # type: ignore[override]
-        """Put the network in place."""
-        self._install(pl_module)
-
-    @torch.no_grad()
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: AdvDMDModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Follow the generator after its update."""
-        assert self.network is not None, "on_fit_start made it"
+        assert pl_module.average is not None, "the module's configure_model made it"
         if not is_due(trainer.global_step, self.every):
             return
         averaging = trainer.global_step > self.start
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if averaging else 0.0
-        average, current = dict(self.network.named_parameters()), _trained(pl_module)
-        for name, parameter in current.items():
-            average[name].lerp_(parameter.float(), 1 - decay)
+        pl_module.average.follow(pl_module.averaged_weights(), decay)
         self.updates += averaging
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averaged weights, those of the trained parameters alone, and the count."""
-        if self.network is None:
-            return {"updates": self.updates, "weights": self._saved}
-        weights = dict(self.network.named_parameters())
-        return {"updates": self.updates, "weights": {name: weights[name].detach() for name in self._names}}
+        """Return the count; the weights are the module's."""
+        return {"updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the averaged weights; the network gets them when a stage starts."""
-        self.updates, self._saved = state_dict["updates"], state_dict["weights"]
+        """Take over the count."""
+        self.updates = state_dict["updates"]
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Begin anew, from the generator's weights, where the checkpoint has no average."""
+        """Begin anew where the checkpoint has no average."""
         if self.state_key not in checkpoint["callbacks"]:
-            rank_zero_warn("The checkpoint has no GeneratorEMA: the average begins with the generator's own weights.")
-            self.network, self.updates = None, 0
-
-    def _install(self, pl_module: AdvDMDModule) -> None:
-        if self.network is None:
-            self.network = copy.deepcopy(pl_module.generator).float().requires_grad_(False).eval()
-        self._names = list(_trained(pl_module))
-        if self._saved is not None:
-            if set(self._saved) != set(self._names):
-                raise ValueError(
-                    "The checkpoint's GeneratorEMA has other weights than this generator trains: resume with the "
-                    "model.backbone and model.roles of the run that wrote it."
-                )
-            self.network.load_state_dict(self._saved, strict=False)  # the frozen rest is the pretrained network's
-            self._saved = None
-        self.network.to(pl_module.device)
-        pl_module.sample_from(self.network)
-
-
-def _trained(pl_module: AdvDMDModule) -> dict[str, nn.Parameter]:
-    """The generator's trained parameters by their names in its network."""
-    trained = {id(parameter) for parameter in pl_module.roles.generator.trainable_parameters()}
-    return {name: parameter for name, parameter in pl_module.generator.named_parameters() if id(parameter) in trained}
+            self.updates = 0

@@ -17,6 +17,7 @@ FOLDERS = {PACKAGE: PACKAGE, f"{PACKAGE}.callbacks": "callbacks", f"{PACKAGE}.co
 # its room has its own line. Two rooms on one floor do not import each other; the ground floor is one room.
 FLOORS = {
     "equations": 0,
+    "average": 0,
     "draws": 0,
     "flow": 0,
     "records": 0,
@@ -29,6 +30,7 @@ FLOORS = {
     "rewards": 1,
     "backbones": 1,
     "backbones.roles": 2,
+    "backbones.adapters": 2,
     "shapes": 1,
     "shapes.pretrain": 2,
     "rollout": 2,

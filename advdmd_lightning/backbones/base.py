@@ -124,6 +124,14 @@ class Backbone(HoldsFrozen, ABC):
     def save_pipeline(self, folder: str | Path, network: nn.Module) -> None:
         """Write a stock diffusers pipeline folder with ``network`` as its transformer."""
 
+    @abstractmethod
+    def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        """Return the network's transformer blocks in their order: what is recomputed, compiled and sharded as one."""
+
+    @abstractmethod
+    def lora_targets(self) -> tuple[str, ...]:
+        """Return the ends of the names of the linear layers that get an adapter by default."""
+
     def feature_blocks(self) -> tuple[int, ...]:
         """Return the default taps: the blocks that end at 50 %, 75 % and 99 % of the depth (R), without repeats.
 

@@ -1,18 +1,22 @@
 """The three roles: generator, fake score and teacher.
 
-``Roles`` is the interface that everything above relies on; ``Copies`` is its form for full fine-tuning. A role binds a
-backbone to the network that plays it, so that callers never handle networks.
+``Roles`` is the interface that everything above relies on; ``Copies`` is its form for full fine-tuning, ``Adapters``
+that for LoRA. A role binds a backbone to the network that plays it, so that callers never handle networks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from advdmd_lightning.backbones.base import Backbone
+from advdmd_lightning.backbones.blocks import checkpoint_blocks, compile_blocks
 from advdmd_lightning.backbones.frozen import HoldsFrozen
 from advdmd_lightning.records import Condition
+from advdmd_lightning.settings import NetworkSettings
 
 
 class Role(HoldsFrozen):
@@ -20,7 +24,7 @@ class Role(HoldsFrozen):
 
     Args:
         backbone: Knows how to call the network. Only referred to: it belongs to whoever made it.
-        network: The role's network; for a weight average, copy this and not the role.
+        network: The role's network.
         frozen: Never trained, never saved, always in eval mode: the network is held, not registered.
     """
 
@@ -36,23 +40,45 @@ class Role(HoldsFrozen):
         else:
             self.network = network.requires_grad_(True).train()
 
+    def active(self) -> AbstractContextManager[None]:
+        """Return the context in which the network plays this role; roles that share a network have one each."""
+        return nullcontext()
+
+    def recomputation(self) -> AbstractContextManager[None]:
+        """Return the context in which activation checkpointing shall repeat the pass that is running now."""
+        return nullcontext()
+
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Predict the velocity ``noise - x0``; see ``Backbone.velocity``."""
-        return self.backbone.velocity(self.network, x_t, t, condition)
+        with self.active():
+            return self.backbone.velocity(self.network, x_t, t, condition)
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[int]) -> list[Tensor]:
         """Return feature maps after some blocks, with early exit; see ``Backbone.features``."""
-        return self.backbone.features(self.network, x_t, t, condition, blocks)
+        with self.active():
+            return self.backbone.features(self.network, x_t, t, condition, blocks)
 
     def velocity_and_features(
         self, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[int]
     ) -> tuple[Tensor, list[Tensor]]:
         """Return both from one pass; see ``Backbone.velocity_and_features``."""
-        return self.backbone.velocity_and_features(self.network, x_t, t, condition, blocks)
+        with self.active():
+            return self.backbone.velocity_and_features(self.network, x_t, t, condition, blocks)
+
+    def standalone(self) -> nn.Module:
+        """Return a fresh float32 network, on the CPU, that does alone what this role does now."""
+        network = self.backbone.new_network()
+        network.load_state_dict({name: full(weight) for name, weight in self.network.state_dict().items()})
+        return network.requires_grad_(False).eval()
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return what the role's optimizer steps: everything, or nothing when frozen."""
         return list(self.parameters())
+
+
+def full(weight: Tensor) -> Tensor:
+    """Return a weight as one tensor on the CPU; of a sharded one all processes must ask together."""
+    return (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().cpu()
 
 
 class Roles(nn.Module):
@@ -69,6 +95,16 @@ class Roles(nn.Module):
         self.generator = generator
         self.fake_score = fake_score
         self.teacher = teacher
+
+    def prepare(self, settings: NetworkSettings) -> None:
+        """Set up how the networks run, each once, before the first pass."""
+        by_network = {id(role.network): role for role in (self.generator, self.fake_score, self.teacher)}
+        for role in by_network.values():
+            blocks = role.backbone.blocks(role.network)
+            if settings.compile:
+                compile_blocks(blocks)
+            if settings.checkpoint_every:
+                checkpoint_blocks(blocks, settings.checkpoint_every, role.recomputation)
 
 
 class Copies(Roles):

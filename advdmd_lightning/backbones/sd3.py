@@ -28,6 +28,11 @@ with without_notices():
         StableDiffusion3Pipeline,
     )
 
+LORA_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("net.0.proj", "net.2"),
+)
 FrozenDtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -137,8 +142,7 @@ class SD3Backbone(Backbone):
     ) -> list[Tensor]:
         """Skip the blocks behind the deepest tap; see the base class."""
         check_blocks(blocks, self.num_blocks)
-        layers: Any = network.transformer_blocks
-        with tap(layers, blocks) as outputs:
+        with tap(self.blocks(network), blocks) as outputs:
             _call(network, x_t, t, condition, skip_layers=list(range(max(blocks) + 1, self.num_blocks)))
         return [self._feature_map(outputs[block], x_t) for block in blocks]
 
@@ -147,8 +151,7 @@ class SD3Backbone(Backbone):
     ) -> tuple[Tensor, list[Tensor]]:
         """Tap the blocks during a full pass; see the base class."""
         check_blocks(blocks, self.num_blocks)
-        layers: Any = network.transformer_blocks
-        with tap(layers, blocks) as outputs:
+        with tap(self.blocks(network), blocks) as outputs:
             velocity = self.velocity(network, x_t, t, condition)
         return velocity, [self._feature_map(outputs[block], x_t) for block in blocks]
 
@@ -157,6 +160,15 @@ class SD3Backbone(Backbone):
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._pipeline.scheduler.config, shift=self.shift)
         components = {**self._pipeline.components, "transformer": network, "scheduler": scheduler}
         StableDiffusion3Pipeline(**components).save_pretrained(folder)
+
+    def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
+        """Return the joint transformer blocks; see the base class."""
+        blocks: Any = network.transformer_blocks
+        return list(blocks)
+
+    def lora_targets(self) -> tuple[str, ...]:
+        """Return the attentions' projections and the feed-forwards of both streams (O); see the base class."""
+        return LORA_TARGETS
 
     def _feature_map(self, output: tuple[Tensor, Tensor], x_t: Tensor) -> Tensor:
         """Lay the image tokens (B, h*w, D) of a block's output out as a map (B, D, h, w).

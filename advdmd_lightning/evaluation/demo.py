@@ -45,8 +45,7 @@ class Student:
     @property
     def entrant(self) -> Entrant:
         """The student as an entrant, with its averaged weights."""
-        network = self.module.sampling_network or self.module.generator
-        network = network.to(self.module.device).eval()
+        network = self.module.student().to(self.module.device)
         steps = STUDENTS[self.recipe]
         return Entrant(f"student, {steps} steps", network, steps, transition=self.module.transition)
 

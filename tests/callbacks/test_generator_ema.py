@@ -25,10 +25,15 @@ def data_with_validation():
     return tiny_data(validation=ShapesCaptions(per_category=1), validation_batch_size=6)
 
 
-def draw(network):
-    """Images of a fresh module from a network."""
+def averaged(module):
+    """A copy of the averaged weights by the names of the generator's."""
+    return {name.replace("/", "."): value for name, value in snapshot(module.average).items()}
+
+
+def draw(weights):
+    """Images of a fresh module whose generator has these weights."""
     module = tiny_module()
-    module.sample_from(network)
+    module.generator.load_state_dict(weights, strict=False)  # but for the buffer of positions
     return module.sample(CAPTIONS)
 
 
@@ -49,17 +54,17 @@ def test_is_the_average_with_a_warm_up(tmp_path, decay):
     for n, current in enumerate(weights.seen):
         share = min(decay, (1 + n) / (10 + n))
         average = {name: share * average[name] + (1 - share) * current[name].double() for name in average}
-    for name, value in snapshot(ema.network).items():
+    for name, value in averaged(module).items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-7)
     assert ema.updates == 4
-    assert not same(snapshot(ema.network), weights.seen[-1])
+    assert not same(averaged(module), weights.seen[-1])
 
 
 def test_equals_the_generator_until_the_start_and_then_moves_every_so_often(tmp_path):
     module, ema, weights = tiny_module(), GeneratorEMA(0.5, start=2), Weights()
     averages = Weights()
-    averages.on_train_batch_end = lambda *_: averages.seen.append(snapshot(ema.network))
+    averages.on_train_batch_end = lambda _, module, *__: averages.seen.append(averaged(module))
     fit(module, tmp_path, 3, [ema, weights, averages])
     assert [same(*pair) for pair in zip(weights.seen, averages.seen, strict=True)] == [True, True, False]
     assert ema.updates == 1
@@ -71,75 +76,103 @@ def test_equals_the_generator_until_the_start_and_then_moves_every_so_often(tmp_
 
 
 def test_training_does_not_notice_it(tmp_path, trained):
-    module = tiny_module()
+    class Sampling(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            module.sample(CAPTIONS)
+
+    module, sampled = tiny_module(), tiny_module()
     fit(module, tmp_path, 3)
-    assert same(snapshot(module), snapshot(trained[0]))
+    fit(sampled, tmp_path, 3, [GeneratorEMA(decay=0.5), Sampling()])
+    for other in (trained[0], sampled):
+        assert same(snapshot(module.roles), snapshot(other.roles))
+        assert same(snapshot(module.discriminator), snapshot(other.discriminator))
 
 
 def test_samples_come_from_it_in_every_stage(tmp_path, trained):
     module, ema, _ = trained
-    images = module.sample(CAPTIONS)
-    assert torch.equal(images, draw(ema.network))
-    assert not torch.equal(images, draw(module.generator))
+    images, weights = module.sample(CAPTIONS), snapshot(module.generator)
+    assert torch.equal(images, draw(averaged(module)))
+    assert not torch.equal(images, draw(weights))
+    assert same(snapshot(module.generator), weights)
 
-    trainer = tiny_trainer(tmp_path, callbacks=[ema])
-    predicted = torch.cat(trainer.predict(module, data_with_validation()))
-    module.sample_from(None)
-    assert torch.equal(predicted, torch.cat(trainer.predict(module, data_with_validation())))
-    module.sample_from(module.generator)
-    plain = tiny_trainer(tmp_path).predict(module, data_with_validation())
-    assert not torch.equal(predicted, torch.cat(plain))
+    predicted = torch.cat(tiny_trainer(tmp_path, callbacks=[ema]).predict(module, data_with_validation()))
+    module.average = None
+    plain = torch.cat(tiny_trainer(tmp_path).predict(module, data_with_validation()))
+    assert not torch.equal(predicted, plain)
 
 
-def test_no_weights_are_swapped_and_none_registered(trained):
-    module, ema, path = trained
-    assert ema.network is not module.generator
-    assert not any("sampling_network" in name for name in module.state_dict())
-    assert not ema.network.training
-    assert not any(parameter.requires_grad for parameter in ema.network.parameters())
+def test_an_error_while_sampling_leaves_the_generator_its_weights(trained):
+    module, *_ = trained
+    weights = snapshot(module.generator)
+    with pytest.raises(RuntimeError, match="inside"), module.sampling_weights():
+        assert not same(snapshot(module.generator), weights)
+        raise RuntimeError("inside")
+    assert same(snapshot(module.generator), weights)
+
+
+def test_is_in_the_checkpoint_with_the_other_weights(trained):
+    module, _, path = trained
     saved = torch.load(path, weights_only=True)
-    assert not any("sampling_network" in name for name in saved["state_dict"])
+    names = {name.removeprefix("average.") for name in saved["state_dict"] if name.startswith("average.")}
+    assert {name.replace("/", ".") for name in names} == set(snapshot(module.generator))
+    assert not any(parameter.requires_grad for parameter in module.average.parameters())
     (state,) = [state for key, state in saved["callbacks"].items() if "EMA" in key]
-    assert same(state["weights"], snapshot(ema.network))
+    assert state == {"updates": 3}
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_a_checkpoint_brings_it_to_every_stage(tmp_path, trained, stage):
-    _, ema, path = trained
+    before, _, path = trained
     fresh, module = GeneratorEMA(decay=0.5), tiny_module()
     getattr(tiny_trainer(tmp_path, callbacks=[fresh]), stage)(module, data_with_validation(), ckpt_path=path)
-    assert same(snapshot(fresh.network), snapshot(ema.network))
+    assert same(averaged(module), averaged(before))
     assert fresh.updates == 3
-    assert torch.equal(module.sample(CAPTIONS), draw(ema.network))
+    assert torch.equal(module.sample(CAPTIONS), draw(averaged(before)))
+
+
+def test_a_checkpoint_brings_it_without_the_callback(tmp_path, trained):
+    before, _, path = trained
+    module = tiny_module()
+    tiny_trainer(tmp_path).predict(module, data_with_validation(), ckpt_path=path)
+    assert torch.equal(module.sample(CAPTIONS), draw(averaged(before)))
+
+
+def test_the_student_is_a_network_of_its_own_with_the_average(trained):
+    module, *_ = trained
+    network = module.student()
+    assert same(snapshot(network), {n.removeprefix("network."): value for n, value in averaged(module).items()})
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert not network.training
 
 
 def test_a_later_checkpoint_replaces_it(tmp_path, trained):
     module, ema, path = trained
-    before = snapshot(ema.network)
+    before = averaged(module)
     trainer = fit(module, tmp_path, 2, [ema])
-    assert not same(before, snapshot(ema.network))
+    assert not same(before, averaged(module))
     trainer.predict(module, data_with_validation(), ckpt_path=path)
-    assert same(before, snapshot(ema.network))
+    assert same(before, averaged(module))
 
 
 def test_begins_with_the_generator_of_a_checkpoint_without_it(tmp_path):
     module = tiny_module()
     fit(module, tmp_path, 2).save_checkpoint(tmp_path / "plain.ckpt")
     fresh, ema = tiny_module(), GeneratorEMA()
-    with pytest.warns(UserWarning, match="has no GeneratorEMA"):
+    with pytest.warns(UserWarning, match="has no average of the generator"):
         tiny_trainer(tmp_path, callbacks=[ema]).predict(
             fresh, data_with_validation(), ckpt_path=tmp_path / "plain.ckpt"
         )
-    assert same(snapshot(ema.network), snapshot(module.generator))
+    assert same(averaged(fresh), snapshot(module.generator))
     assert ema.updates == 0
 
 
 def test_weights_of_another_generator_are_refused(tmp_path, trained):
-    _, ema, _ = trained
-    other, state = GeneratorEMA(), ema.state_dict()
-    other.load_state_dict({"updates": 1, "weights": dict(list(state["weights"].items())[1:])})
-    with pytest.raises(ValueError, match="has other weights than this generator trains"):
-        fit(tiny_module(), tmp_path, 1, [other])
+    *_, path = trained
+    saved = torch.load(path, weights_only=True)
+    saved["state_dict"].pop(next(name for name in saved["state_dict"] if name.startswith("average.")))
+    torch.save(saved, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="average is of other weights than this generator trains"):
+        fit(tiny_module(), tmp_path, 4, [GeneratorEMA()], ckpt_path=tmp_path / "other.ckpt")
 
 
 @pytest.mark.parametrize(
