@@ -20,6 +20,7 @@ from torchmetrics import Metric
 from advdmd_lightning.average import WeightAverage
 from advdmd_lightning.backbones.base import Backbone
 from advdmd_lightning.backbones.roles import Copies, Role, Roles
+from advdmd_lightning.backbones.sharding import shard
 from advdmd_lightning.discriminator import Discriminator
 from advdmd_lightning.draws import Draws
 from advdmd_lightning.equations import GRPOLoss, generator_loss
@@ -36,6 +37,7 @@ from advdmd_lightning.settings import (
     GuidanceSettings,
     NetworkSettings,
 )
+from advdmd_lightning.strategies import sharding_mesh
 from advdmd_lightning.updates import (
     MeanMetrics,
     accuracy_metrics,
@@ -44,6 +46,7 @@ from advdmd_lightning.updates import (
     generator_losses,
     gradient_norm,
     guidance_loss,
+    passes,
     pathwise_losses,
     policy_losses,
     real_score_loss,
@@ -53,6 +56,8 @@ from advdmd_lightning.updates import (
     trajectory_advantages,
 )
 
+COMPUTE_DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16}
+"""What a sharded network is computed in, by the trainer's precision; None = what it is kept in."""
 POLICY_METRICS = (
     "loss/grpo",
     "loss/pathwise",
@@ -202,6 +207,10 @@ class AdvDMDModule(FewStepSampling):
         """Set up the networks, once, and the average if a callback wants one; Lightning calls this in every stage."""
         if not self._configured:
             self.roles.prepare(self.networks)
+            mesh = sharding_mesh(self.trainer.strategy)
+            if mesh is not None:
+                self.roles.shard(mesh, COMPUTE_DTYPES[self.trainer.precision])
+                shard(self.discriminator, (), mesh, None)
             self._configured = True
         if self.keeps_average and self.average is None:
             self.average = WeightAverage(self.averaged_weights())
@@ -443,16 +452,22 @@ class AdvDMDModule(FewStepSampling):
         advantages, scores = trajectory_advantages(self.rewards, seen, self.grpo)
         metrics = reward_metrics(scores, rollout) | {"grpo/zero_std_share": advantages.zero_std_share}
         policy: GRPOLoss | None = None
-        for part in policy_losses(
-            generator, teacher, self.transition, rollout, advantages.values, self.grpo, trained_steps
-        ):
+        parts = policy_losses(generator, teacher, self.transition, rollout, advantages.values, self.grpo, trained_steps)
+        pathwise = self.grpo.pathwise > 0 and self.critic is not None
+        left = passes(rollout, trained_steps, self.grpo.micro_batch)
+        for part in parts:
+            left -= 1
+            generator.synchronize(left == 0 and not pathwise)
             self._check_finite("generator", "policy loss", part.loss)
             self.manual_backward(part.loss)
             policy = part.detach() if policy is None else policy + part.detach()
         assert policy is not None, "checked at construction: a policy has a stochastic step"
-        if self.grpo.pathwise and self.critic:
+        if pathwise and self.critic:
             reward = torch.zeros((), device=self.device)
+            left = passes(rollout, range(rollout.num_steps), self.grpo.micro_batch)
             for loss in pathwise_losses(generator, self.critic, self.transition, rollout, self.grpo.micro_batch):
+                left -= 1
+                generator.synchronize(left == 0)
                 self._check_finite("generator", "pathwise loss", loss)
                 self.manual_backward(self.grpo.pathwise * loss)
                 reward -= loss.detach()
@@ -471,9 +486,11 @@ class AdvDMDModule(FewStepSampling):
 
     def _clip(self, role: str, parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
         """Clip a role's gradient and return its norm before, which must be finite."""
-        norm = nn.utils.clip_grad_norm_(parameters, limit if limit is not None else float("inf"))
+        norm = gradient_norm([parameter.grad for parameter in parameters])
         self._check_finite(role, "gradient norm", norm)
-        return norm.detach()
+        if limit is not None:
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
 
     def _check_finite(self, role: str, what: str, value: Tensor) -> None:
         if not torch.isfinite(value):

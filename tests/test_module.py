@@ -104,7 +104,10 @@ def test_checkpoint_holds_what_trains_and_nothing_else(tmp_path):
     prefixes = ("roles.generator.network.", "roles.fake_score.network.", "discriminator.heads.", "average.")
     assert {next((p for p in prefixes if name.startswith(p)), name) for name in saved} == set(prefixes)
     sizes = [sum(p.numel() for p in part.parameters()) for part in list(parts(module).values())[:3]]
-    assert sum(value.numel() for name, value in saved.items() if "pos_embed.pos_embed" not in name) == sum(sizes) + sizes[0]
+    assert (
+        sum(value.numel() for name, value in saved.items() if "pos_embed.pos_embed" not in name)
+        == sum(sizes) + sizes[0]
+    )
 
 
 @pytest.mark.parametrize("gate", [0.0, 1.0])

@@ -69,7 +69,7 @@ class SharedNetwork:
 
     def add(self, name: str, rank: int, alpha: float, targets: Sequence[str]) -> None:
         """Add an adapter, without effect until it is trained."""
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none")  # type: ignore[arg-type]
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none")
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is the intention

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from advdmd_lightning.backbones.base import Backbone
 from advdmd_lightning.backbones.blocks import checkpoint_blocks, compile_blocks
 from advdmd_lightning.backbones.frozen import HoldsFrozen
+from advdmd_lightning.backbones.sharding import shard, synchronize
 from advdmd_lightning.records import Condition
 from advdmd_lightning.settings import NetworkSettings
 
@@ -65,6 +68,10 @@ class Role(HoldsFrozen):
         with self.active():
             return self.backbone.velocity_and_features(self.network, x_t, t, condition, blocks)
 
+    def synchronize(self, now: bool) -> None:
+        """Let the next backward pass sum gradients over the processes, or leave that to a later one."""
+        synchronize(self.network, now)
+
     def standalone(self) -> nn.Module:
         """Return a fresh float32 network, on the CPU, that does alone what this role does now."""
         network = self.backbone.new_network()
@@ -97,14 +104,28 @@ class Roles(nn.Module):
         self.teacher = teacher
 
     def prepare(self, settings: NetworkSettings) -> None:
-        """Set up how the networks run, each once, before the first pass."""
-        by_network = {id(role.network): role for role in (self.generator, self.fake_score, self.teacher)}
-        for role in by_network.values():
+        """Set up how the networks run, once, before the first pass."""
+        for role in self._networks():
             blocks = role.backbone.blocks(role.network)
             if settings.compile:
                 compile_blocks(blocks)
             if settings.checkpoint_every:
                 checkpoint_blocks(blocks, settings.checkpoint_every, role.recomputation)
+
+    def shard(self, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
+        """Cut the networks into shards, once, after ``prepare``.
+
+        Args:
+            mesh: One dimension to shard over, or two: replicate and shard.
+            dtype: What trained networks are computed in; None = what they are kept in.
+        """
+        for role in self._networks():
+            trains = any(parameter.requires_grad for parameter in role.network.parameters())
+            shard(role.network, role.backbone.blocks(role.network), mesh, dtype if trains else None)
+
+    def _networks(self) -> list[Role]:
+        """One role of each network."""
+        return list({id(role.network): role for role in (self.generator, self.fake_score, self.teacher)}.values())
 
 
 class Copies(Roles):

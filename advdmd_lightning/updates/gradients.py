@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 Gradients = list[Tensor | None]
 
@@ -31,8 +32,9 @@ def add_gradients(parameters: Sequence[nn.Parameter], others: Gradients, weight:
 
 
 def gradient_norm(gradients: Gradients) -> Tensor:
-    """Return the norm over all gradients, 0-d; 0 where there is none."""
-    return nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+    """Return the norm over all gradients, shards of other processes included, 0-d; 0 where there is none."""
+    norm = nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def carry_gradient(loss: Tensor, leaf: Tensor, x: Tensor) -> Tensor:

@@ -112,9 +112,9 @@ def guidance_loss(
     with torch.no_grad():  # one pass for what is generated, at its own levels, and for the real latents at both
         maps = critic.features(torch.cat(x_t), torch.cat(t), Condition.cat(conditions))
     fake_maps = [torch.cat([a.detach(), b[:count]]) for a, b in zip(renoised, maps, strict=True)]
-    fake_logits = critic.heads(fake_maps)
-    real_logits = critic.heads([each[count : 3 * count] for each in maps])
-    wrong_logits = critic.heads([each[3 * count :] for each in maps]) if discriminator.mismatched else None
+    logits = critic.heads([torch.cat([a, b[count:]]) for a, b in zip(fake_maps, maps, strict=True)])
+    fake_logits, real_logits, wrong = zip(*(each.tensor_split([2 * count, 4 * count]) for each in logits), strict=True)
+    wrong_logits = wrong if discriminator.mismatched else None
     steps = torch.cat([torch.zeros_like(step), step])
     accuracies = {
         "real": Accuracy.of(real_logits, True, steps, num_steps),

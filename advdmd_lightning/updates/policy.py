@@ -73,6 +73,11 @@ def policy_losses(
             )
 
 
+def passes(trajectory: Trajectory, steps: Sequence[int], micro_batch: int) -> int:
+    """Return in how many parts the loss of so many steps comes."""
+    return len(steps) * len(split(trajectory.batch_size, micro_batch))
+
+
 def pathwise_losses(
     generator: Role, critic: Critic, transition: Transition, trajectory: Trajectory, micro_batch: int
 ) -> Iterator[Tensor]:

@@ -1,0 +1,32 @@
+"""Networks cut into shards with FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+
+def shard(network: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
+    """Shard a network in place: each block a group of its own, the rest another.
+
+    Args:
+        network: The network.
+        blocks: Its parts that are gathered one after another; may be empty.
+        mesh: One dimension to shard over, or two: replicate and shard.
+        dtype: What the weights are gathered and computed in, while those kept and their gradients' sums stay in their
+            own; None = their own.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(network, mesh=mesh, mp_policy=policy)
+
+
+def synchronize(network: nn.Module, now: bool) -> None:
+    """Let a network's next backward pass sum its gradients over the processes, or keep them until a later one does."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(now)
