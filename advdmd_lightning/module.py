@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from torchmetrics import Metric
 from advdmd_lightning.average import WeightAverage
 from advdmd_lightning.backbones.base import Backbone
 from advdmd_lightning.backbones.roles import Copies, Role, Roles
-from advdmd_lightning.backbones.sharding import shard
+from advdmd_lightning.backbones.sharding import reshard, shard
 from advdmd_lightning.discriminator import Discriminator
 from advdmd_lightning.draws import Draws
 from advdmd_lightning.equations import GRPOLoss, generator_loss
@@ -46,6 +47,7 @@ from advdmd_lightning.updates import (
     generator_losses,
     gradient_norm,
     guidance_loss,
+    mean_over_processes,
     passes,
     pathwise_losses,
     policy_losses,
@@ -213,15 +215,17 @@ class AdvDMDModule(FewStepSampling):
                 shard(self.discriminator, (), mesh, None)
             self._configured = True
         if self.keeps_average and self.average is None:
-            self.average = WeightAverage(self.averaged_weights())
+            self.average = WeightAverage(self.generator.trained_weights())
 
-    def averaged_weights(self) -> dict[str, Tensor]:
-        """Return the weights that an average is of: the generator's trained ones, by name."""
-        return dict(self.generator.named_parameters())
-
-    def sampling_weights(self) -> AbstractContextManager[None]:
-        """Return the context in which the generator's weights are their average, if there is one."""
-        return nullcontext() if self.average is None else self.average.swapped(self.averaged_weights())
+    @contextmanager
+    def sampling_weights(self) -> Iterator[None]:
+        """Run what is inside with the average in place of the generator's weights, if there is one."""
+        if self.average is None:
+            yield
+            return
+        with self.average.swapped(self.generator.trained_weights()):
+            yield
+        reshard(self.generator.network)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep an average if the checkpoint has one; begin it with the generator's weights if only this run keeps one.
@@ -235,13 +239,13 @@ class AdvDMDModule(FewStepSampling):
         found = {name for name in state if name.startswith("average.")}
         if not found and self.average is None:
             return
-        fresh = self.average or WeightAverage(self.averaged_weights())
+        fresh = self.average or WeightAverage(self.generator.trained_weights())
         names = {f"average.{name}" for name in fresh.state_dict()}
         if not found:
             rank_zero_warn(
                 "The checkpoint has no average of the generator: it begins with the generator's own weights."
             )
-            weights = {name: state[f"roles.generator.{name}"] for name in self.averaged_weights()}
+            weights = {name: state[f"roles.generator.{name}"] for name in self.generator.trained_weights()}
             state |= {f"average.{name}": value for name, value in WeightAverage(weights).state_dict().items()}
         elif found != names:
             raise ValueError(
@@ -349,7 +353,7 @@ class AdvDMDModule(FewStepSampling):
         optimizers = self._three_optimizers()[1:]
         owners = {
             "fake_score": self.roles.fake_score.trainable_parameters(),
-            "discriminator": list(self.discriminator.parameters()) if self.critic else [],
+            "discriminator": self._heads() if self.critic else [],
         }
         metrics, judged = MeanMetrics(), []
         for portion in self._portions(samples):
@@ -501,7 +505,8 @@ class AdvDMDModule(FewStepSampling):
             )
 
     def _report(self, metrics: Mapping[str, Tensor], samples_per_second: float) -> None:
-        self.last_metrics = {name: float(value) for name, value in metrics.items()}
+        on_device = {name: value.to(self.device) for name, value in metrics.items()}
+        self.last_metrics = mean_over_processes(on_device, partial(self.trainer.strategy.reduce, reduce_op="sum"))
         self.last_metrics["samples_per_second"] = samples_per_second
         policy = {n: v for n, v in self.last_metrics.items() if n.startswith(POLICY_METRICS)}
         shown = {n: v for n, v in self.last_metrics.items() if n in ("loss/dmd", "grpo/gate")}
@@ -518,13 +523,18 @@ class AdvDMDModule(FewStepSampling):
         owners = (
             self.roles.generator.trainable_parameters(),
             self.roles.fake_score.trainable_parameters(),
-            list(self.discriminator.parameters()),
+            self._heads(),
         )
         made = []
         for parameters, optimizer, schedule in zip(owners, self._make_optimizers, self._make_schedules, strict=True):
             made_optimizer = optimizer(parameters)
             made.append(OptimizerLRSchedulerConfig(optimizer=made_optimizer, lr_scheduler=schedule(made_optimizer)))
         return tuple(made)
+
+    def _heads(self) -> list[nn.Parameter]:
+        """The discriminator's weights, between passes."""
+        reshard(self.discriminator)
+        return list(self.discriminator.parameters())
 
     def _three_optimizers(self) -> list[LightningOptimizer]:
         return cast("list[LightningOptimizer]", self.optimizers())

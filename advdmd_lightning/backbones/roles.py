@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from advdmd_lightning.backbones.base import Backbone
 from advdmd_lightning.backbones.blocks import checkpoint_blocks, compile_blocks
 from advdmd_lightning.backbones.frozen import HoldsFrozen
-from advdmd_lightning.backbones.sharding import shard, synchronize
+from advdmd_lightning.backbones.sharding import reshard, shard, synchronize
 from advdmd_lightning.records import Condition
 from advdmd_lightning.settings import NetworkSettings
 
@@ -78,9 +78,14 @@ class Role(HoldsFrozen):
         network.load_state_dict({name: full(weight) for name, weight in self.network.state_dict().items()})
         return network.requires_grad_(False).eval()
 
+    def trained_weights(self) -> dict[str, nn.Parameter]:
+        """Return what the role's optimizer steps, by name: everything, or nothing when frozen; between passes."""
+        reshard(self.network)
+        return dict(self.named_parameters())
+
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Return what the role's optimizer steps: everything, or nothing when frozen."""
-        return list(self.parameters())
+        """Return the trained weights as a list."""
+        return list(self.trained_weights().values())
 
 
 def full(weight: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 def shard(network: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
     """Shard a network in place: each block a group of its own, the rest another.
 
+    The other group stays gathered from a pass until a backward pass or ``reshard``: gradients of features that are read
+    inside the network reach its weights without passing its output, where FSDP2 would gather it again.
+
     Args:
         network: The network.
         blocks: Its parts that are gathered one after another; may be empty.
@@ -22,8 +25,14 @@ def shard(network: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, dty
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(network, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def reshard(network: nn.Module) -> None:
+    """Give up what is gathered, so that ``parameters()`` are the shards and the next pass sees their values."""
+    if isinstance(network, FSDPModule):
+        network.reshard()
 
 
 def synchronize(network: nn.Module, now: bool) -> None:

@@ -5,7 +5,13 @@ from advdmd_lightning.updates.draws import draw_times
 from advdmd_lightning.updates.generator import GeneratorLoss, generator_losses
 from advdmd_lightning.updates.gradients import add_gradients, gradient_norm, take_gradients
 from advdmd_lightning.updates.guidance import GuidanceLoss, guidance_loss, real_score_loss
-from advdmd_lightning.updates.measures import MeanMetrics, accuracy_metrics, reward_metrics, sample_metrics
+from advdmd_lightning.updates.measures import (
+    MeanMetrics,
+    accuracy_metrics,
+    mean_over_processes,
+    reward_metrics,
+    sample_metrics,
+)
 from advdmd_lightning.updates.policy import passes, pathwise_losses, policy_losses, trajectory_advantages
 
 __all__ = [
@@ -21,6 +27,7 @@ __all__ = [
     "generator_losses",
     "gradient_norm",
     "guidance_loss",
+    "mean_over_processes",
     "passes",
     "pathwise_losses",
     "policy_losses",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,17 +34,32 @@ def accuracy_metrics(judged: Sequence[Mapping[str, Accuracy]]) -> dict[str, Tens
         judged: of each update, what it judged: ``real``, ``fake``, perhaps ``mismatched``.
 
     Returns:
-        ``discriminator/accuracy_KIND``, and for each kind ``.../renoised`` and ``.../stepK`` where any was judged.
+        ``discriminator/accuracy_KIND``, and for each kind ``.../renoised`` and ``.../stepK``, as (right, judged), (2,).
     """
     metrics = {}
     for kind in judged[0] if judged else ():
         first, *others = (accuracies[kind] for accuracies in judged)
         total = sum(others, first)
-        metrics[f"discriminator/accuracy_{kind}"] = total.mean
-        for k, (share, count) in enumerate(zip(total.per_step, total.count.tolist(), strict=True)):
-            if count:
-                metrics[f"discriminator/accuracy_{kind}/{f'step{k}' if k else 'renoised'}"] = share
+        pairs = torch.stack([total.right, total.count], dim=1)
+        metrics[f"discriminator/accuracy_{kind}"] = pairs.sum(0)
+        for k, pair in enumerate(pairs):
+            metrics[f"discriminator/accuracy_{kind}/{f'step{k}' if k else 'renoised'}"] = pair
     return metrics
+
+
+def mean_over_processes(metrics: Mapping[str, Tensor], reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """Average what all processes measured, in one exchange.
+
+    Args:
+        metrics: by name, the same on every process: a value, 0-d, or a share as (part, whole), (2,).
+        reduce: sums a tensor over the processes.
+
+    Returns:
+        Means; shares of nothing are left out.
+    """
+    pairs = [torch.stack([v, torch.ones_like(v)]) if v.ndim == 0 else v for v in metrics.values()]
+    totals = reduce(torch.stack([pair.double() for pair in pairs])).tolist()
+    return {name: part / whole for name, (part, whole) in zip(metrics, totals, strict=True) if whole}
 
 
 def reward_metrics(scores: Mapping[str, Tensor], rollout: Trajectory) -> dict[str, Tensor]:
