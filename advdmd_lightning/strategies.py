@@ -6,8 +6,12 @@ one. So gradients, clipping and checkpoints have one code path.
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch.strategies import (
     DDPStrategy,
     ModelParallelStrategy,
@@ -15,7 +19,14 @@ from lightning.pytorch.strategies import (
     Strategy,
     StrategyRegistry,
 )
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
 
 Spread = Literal["all", "node", "none"]
 NAMES: dict[str, Spread] = {"fsdp2": "all", "hsdp": "node", "replicate": "none"}
@@ -50,6 +61,63 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.mesh = init_device_mesh(
             self.root_device.type, (world // shards, shards), mesh_dim_names=("replicate", "shard")
         )
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a folder of shards under another name, and put it into its place once it is whole."""
+        path = Path(self.broadcast(filepath))
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        partial, old = (path.with_name(f"{path.name}.{end}") for end in ("partial", "old"))
+        if self.is_global_zero:
+            _remove(partial)
+        self.barrier()
+        super().save_checkpoint(checkpoint, partial, storage_options)
+        self.barrier()
+        if self.is_global_zero:
+            if path.exists():
+                path.rename(old)
+            partial.rename(path)
+            _remove(old)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a folder of shards, or a single file; Lightning's own way with a file knows one optimizer only."""
+        path = Path(self.broadcast(checkpoint_path))
+        if path.is_dir() and not (path / ".metadata").exists():
+            raise ValueError(
+                f"{path} is not a whole checkpoint: the run that wrote it was interrupted; take another one"
+            )
+        if path.is_dir():
+            return super().load_checkpoint(path, weights_only)
+        assert self.model is not None, "Lightning loads after the set-up"
+        checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for optimizer, saved in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
+            state = _by_name(saved, optimizer, names)
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state, options=options)
+        return checkpoint
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or a folder, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _by_name(saved: dict[str, Any], optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+    """An optimizer's saved state with the parameters' names in place of their numbers."""
+    groups, of_number = [], {}
+    for group, current in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        of_number |= dict(zip(group["params"], (names[p] for p in current["params"]), strict=True))
+        groups.append({**group, "params": [of_number[number] for number in group["params"]]})
+    return {"state": {of_number[n]: value for n, value in saved["state"].items()}, "param_groups": groups}
 
 
 def sharding_mesh(strategy: Strategy) -> DeviceMesh | None:

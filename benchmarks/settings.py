@@ -17,7 +17,7 @@ from advdmd_lightning.recipes import resolve_config
 from advdmd_lightning.settings import DiscriminatorSettings, GRPOSettings
 from benchmarks.rows import Row
 
-OWN_CALLBACKS = ("TQDMProgressBar", "ModelCheckpoint", "SampleLogger")
+OWN_CALLBACKS = ("TQDMProgressBar", "ModelCheckpoint", "SampleLogger", "SaveOnSignal")
 """Callbacks of the recipes that the study replaces or does without; none of them changes what is trained."""
 POLICY = ("model.grpo.", "model.rewards")
 """Keys of the policy, without effect as long as GRPO's gate is closed and the discriminator is trained anyway."""

@@ -1,0 +1,97 @@
+"""A process of a distributed run, ``torchrun ... tests/distributed.py '{"strategy": "fsdp2"}'``; see ``launch``."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+GLOBAL_BATCH = 4
+
+
+def launch(processes: int, folder: Path, check: bool = True, **options) -> subprocess.CompletedProcess[str]:
+    """Run ``main`` in so many processes on this machine, with one thread each; results come as files in ``folder``."""
+    script = [str(ROOT / "tests" / "distributed.py"), json.dumps({"folder": str(folder)} | options)]
+    torchrun = [str(Path(sysconfig.get_path("scripts")) / "torchrun"), "--standalone", f"--nproc-per-node={processes}"]
+    command = [*(torchrun if processes > 1 else [sys.executable]), *script]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def main(
+    folder: str,
+    name: str,
+    strategy: str = "auto",
+    form: str = "copies",
+    cycles: int = 10,
+    resume: str | None = None,
+    save_at: int | None = None,
+    micro_batch: int = 4,
+    precision: str = "32-true",
+    dtype: str = "float32",
+    single_file: bool = False,
+) -> None:
+    """Train on a fixed global batch, of which each process takes its part, and write what came out."""
+    import lightning as L
+    import torch
+
+    from advdmd_lightning.backbones import Adapters, Copies, SD3Backbone
+    from advdmd_lightning.callbacks import GeneratorEMA, GRPOWarmup
+    from advdmd_lightning.settings import GRPOSettings, NetworkSettings
+    from advdmd_lightning.strategies import FSDP2Strategy
+    from tests.tiny import build_sd3
+    from tests.training import tiny_data, tiny_module, without_time
+
+    torch.set_num_threads(1)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    # With a usual epsilon Adam turns the rounding of gradients that should be zero into whole steps.
+    optimizer = functools.partial(torch.optim.AdamW, lr=1e-3, eps=1e-3)
+    module = tiny_module(
+        backbone=SD3Backbone(str(build_sd3()), resolution=24, max_sequence_length=0, dtype=dtype),
+        roles=Copies if form == "copies" else functools.partial(Adapters, rank=4),
+        networks=NetworkSettings(checkpoint_every=2),
+        grpo=GRPOSettings(weight=10.0, group_size=4, micro_batch=micro_batch),
+        generator_optimizer=optimizer,
+        fake_score_optimizer=optimizer,
+        discriminator_optimizer=optimizer,
+    )
+
+    class Record(L.Callback):
+        def __init__(self):
+            self.cycles = []
+
+        def on_train_batch_end(self, trainer, module, *_):
+            self.cycles.append(without_time(module.last_metrics))
+            if trainer.global_step == save_at:
+                trainer.save_checkpoint(Path(folder) / f"{name}.ckpt")
+
+    record = Record()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=FSDP2Strategy(save_distributed_checkpoint=False) if single_file else strategy,
+        precision=precision,
+        max_steps=cycles,
+        callbacks=[GRPOWarmup(start=2), GeneratorEMA(decay=0.9), record],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, tiny_data(batch_size=GLOBAL_BATCH // world), ckpt_path=resume)
+    student = module.student().state_dict()
+    if rank == 0:
+        torch.save({"cycles": record.cycles, "student": student}, Path(folder) / f"{name}.pt")
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))

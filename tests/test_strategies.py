@@ -1,0 +1,102 @@
+"""Several processes train what one process trains: real processes, with gloo, on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed import launch
+from tests.training import same, tiny_module
+
+LOCAL = ("grad_norm/x0_", "samples/")  # of a process's own samples, averaged, and not of all samples together
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("strategies")
+
+
+def result(folder, name):
+    return torch.load(folder / f"{name}.pt", weights_only=True)
+
+
+def largest_difference(a, b):
+    """Between two results: of any weight of the student, and of any measure by its name."""
+    assert a["student"].keys() == b["student"].keys()
+    weights = max(float((a["student"][name] - b["student"][name]).abs().max()) for name in a["student"])
+    measures: dict[str, float] = {}
+    for ours, theirs in zip(a["cycles"][-len(b["cycles"]) :], b["cycles"], strict=True):
+        assert list(ours) == list(theirs)
+        for name in ours:
+            if not name.startswith(LOCAL):
+                difference = abs(ours[name] - theirs[name]) / max(1.0, abs(ours[name]))
+                measures[name] = max(measures.get(name, 0.0), difference)
+    return weights, measures
+
+
+def tolerance(name):
+    """Of losses and rewards; norms, which nothing depends on here, are sums of many rounded squares."""
+    return 1e-4 if name.startswith("grad_norm/") else 1e-5
+
+
+@pytest.fixture(scope="module", params=["copies", "adapters"])
+def alone(request, folder):
+    """Ten cycles in one process; GRPO is open from the third."""
+    name = f"alone-{request.param}"
+    launch(1, folder, name=name, form=request.param, save_at=6)
+    return request.param, name
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "replicate", "ddp_find_unused_parameters_true"])
+def test_two_processes_train_what_one_trains(folder, alone, strategy):
+    form, reference = alone
+    name = f"{strategy}-{form}"
+    launch(2, folder, name=name, form=form, strategy=strategy, micro_batch=2, save_at=6)
+    expected, found = result(folder, reference), result(folder, name)
+    assert [cycle["grpo/gate"] for cycle in found["cycles"]] == [0, 0] + [1] * 8
+    weights, measures = largest_difference(expected, found)
+    assert weights < 1e-5
+    assert {name: value for name, value in measures.items() if value > tolerance(name)} == {}
+    assert not same(found["student"], tiny_module().student().state_dict())
+
+
+def test_resume_of_sharded_training_is_bitwise(folder, alone):
+    form, _ = alone
+    launch(
+        2, folder, name="resumed", form=form, strategy="fsdp2", micro_batch=2, resume=str(folder / f"fsdp2-{form}.ckpt")
+    )
+    weights, measures = largest_difference(result(folder, f"fsdp2-{form}"), result(folder, "resumed"))
+    assert weights == 0
+    assert set(measures.values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("processes", "strategy", "written_by"),
+    [(2, "fsdp2", "alone"), (1, "fsdp2", "fsdp2"), (2, "replicate", "fsdp2"), (1, "auto", "single")],
+    ids=["file to shards", "two to one", "shards to replicas", "shards' file to one"],
+)
+def test_resume_across_strategies_and_numbers_of_processes(folder, alone, processes, strategy, written_by):
+    form, reference = alone
+    checkpoint = folder / f"{written_by}-{form}.ckpt"
+    if written_by == "single":
+        launch(2, folder, name=f"single-{form}", form=form, single_file=True, cycles=6, save_at=6)
+        assert checkpoint.is_file()
+    launch(processes, folder, name="moved", form=form, strategy=strategy, resume=str(checkpoint))
+    weights, measures = largest_difference(result(folder, reference), result(folder, "moved"))
+    assert weights < 1e-5
+    assert {name: value for name, value in measures.items() if value > tolerance(name)} == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"precision": "bf16-mixed"}, {"form": "adapters", "dtype": "bfloat16", "precision": "bf16-mixed"}],
+    ids=["copies", "adapters on a bfloat16 network"],
+)
+def test_sharded_in_bfloat16(folder, options):
+    launch(2, folder, name="bf16", strategy="fsdp2", cycles=4, **options)
+    launch(1, folder, name="fp32", cycles=4, form=options.get("form", "copies"))
+    found, expected = result(folder, "bf16"), result(folder, "fp32")
+    assert all(value.dtype == torch.float32 for value in found["student"].values() if value.is_floating_point())
+    for ours, theirs in zip(found["cycles"], expected["cycles"], strict=True):
+        assert ours["loss/fake_score"] == pytest.approx(theirs["loss/fake_score"], rel=0.02)
+        assert ours["loss/dmd"] == pytest.approx(theirs["loss/dmd"], rel=0.1)
