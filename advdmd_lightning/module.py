@@ -21,10 +21,10 @@ from torchmetrics import Metric
 from advdmd_lightning.average import WeightAverage
 from advdmd_lightning.backbones.base import Backbone
 from advdmd_lightning.backbones.roles import Copies, Role, Roles
-from advdmd_lightning.backbones.sharding import reshard, shard
+from advdmd_lightning.backbones.sharding import reshard, shard, synchronize
 from advdmd_lightning.discriminator import Discriminator
 from advdmd_lightning.draws import Draws
-from advdmd_lightning.equations import GRPOLoss, generator_loss
+from advdmd_lightning.equations import GRPOLoss
 from advdmd_lightning.flow import Renoising, Transition
 from advdmd_lightning.records import Condition, Trajectory
 from advdmd_lightning.rewards import DiscriminatorReward, Reward, Rollout
@@ -40,6 +40,7 @@ from advdmd_lightning.settings import (
 )
 from advdmd_lightning.strategies import sharding_mesh
 from advdmd_lightning.updates import (
+    GuidanceLoss,
     MeanMetrics,
     accuracy_metrics,
     add_gradients,
@@ -308,7 +309,7 @@ class AdvDMDModule(FewStepSampling):
 
     def _simulate(self, condition: Condition, trained_steps: Sequence[int]) -> Trajectory:
         """The cycle's one rollout: the batch's prompts, or with the gate open a group of samples for each."""
-        group_size, micro_batch, shared = 1, None, set[int]()
+        group_size, micro_batch, shared = 1, self.networks.micro_batch, set[int]()
         if self.grpo_weight:
             group_size, micro_batch = self.grpo.group_size, self.grpo.micro_batch
             shared = set(range(len(self.grid) - 1)).difference(trained_steps)
@@ -357,19 +358,7 @@ class AdvDMDModule(FewStepSampling):
         }
         metrics, judged = MeanMetrics(), []
         for portion in self._portions(samples):
-            loss = guidance_loss(
-                self.roles,
-                self.critic,
-                samples.select(portion),
-                real[portion],
-                condition[portion],
-                self.distillation,
-                draws[portion],
-                self.discriminator_settings,
-            )
-            self._check_finite("fake_score", "loss", loss.fake_score)
-            self._check_finite("discriminator", "loss", loss.discriminator)
-            self.manual_backward(loss.fake_score + loss.discriminator)
+            loss = self._backward_guidance(samples, real, condition, draws, portion)
             metrics.add("loss/fake_score", loss.fake_score)
             if self.critic:
                 metrics.add("loss/discriminator", loss.discriminator)
@@ -379,9 +368,44 @@ class AdvDMDModule(FewStepSampling):
                     metrics.add(f"grad_norm/{role}", self._clip(role, owned, getattr(self.clip, role)))
                     optimizer.optimizer.step()
                     optimizer.optimizer.zero_grad()
-        count = len(draws)
-        real_loss = real_score_loss(self.roles.fake_score, real[:count], condition[:count], self.distillation, draws)
-        return metrics.means | accuracy_metrics(judged) | {"loss/fake_score_on_real": real_loss}
+        loss_on_real = torch.zeros((), device=self.device)
+        for part, share in self._parts(slice(0, len(draws))):
+            network, words = self.roles.fake_score, condition[part]
+            loss_on_real += share * real_score_loss(network, real[part], words, self.distillation, draws[part])
+        return metrics.means | accuracy_metrics(judged) | {"loss/fake_score_on_real": loss_on_real}
+
+    def _backward_guidance(
+        self, samples: Trajectory, real: Tensor, condition: Condition, draws: Draws, portion: slice
+    ) -> GuidanceLoss:
+        """Gradients of one guidance update, in micro-batches."""
+        parts, losses = self._parts(portion), []
+        for part, share in parts:
+            loss = share * guidance_loss(
+                self.roles,
+                self.critic,
+                samples.select(part),
+                real[part],
+                condition[part],
+                self.distillation,
+                draws[part],
+                self.discriminator_settings,
+            )
+            self._check_finite("fake_score", "loss", loss.fake_score)
+            self._check_finite("discriminator", "loss", loss.discriminator)
+            for module in (self.roles.fake_score.network, self.discriminator):
+                synchronize(module, part == parts[-1][0])
+            self.manual_backward(loss.fake_score + loss.discriminator)
+            losses.append(loss.detach())
+        return sum(losses[1:], losses[0])
+
+    def _parts(self, portion: slice) -> list[tuple[slice, float]]:
+        """The micro-batches of some samples, and the share of each."""
+        count = portion.stop - portion.start
+        parts = split(count, self.networks.micro_batch or count)
+        return [
+            (slice(portion.start + part.start, portion.start + part.stop), (part.stop - part.start) / count)
+            for part in parts
+        ]
 
     def _update_generator(
         self,
@@ -409,24 +433,25 @@ class AdvDMDModule(FewStepSampling):
         return metrics
 
     def _backward_prediction(self, samples: Trajectory, draws: Draws) -> dict[str, Tensor]:
-        """Gradients of the DMD and adversarial terms."""
+        """Gradients of the DMD and adversarial terms, in micro-batches."""
         settings, distillation = self.discriminator_settings, self.distillation
         if not (distillation.weight or settings.weight or settings.last_step):
             return {}
-        loss = generator_losses(
-            self.roles, self.critic, samples, self._empty_condition(), distillation, settings, draws
-        )
-        adversarial = settings.weight * loss.adversarial + settings.last_step * loss.last_step
-        total = generator_loss(distillation.weight * loss.dmd, loss.dmd.new_zeros(()), adversarial, 0.0, 1.0)
-        self._check_finite("generator", "DMD and adversarial loss", total)
-        self.manual_backward(total)
+        parts, losses = self._parts(slice(0, len(draws))), []
+        for part, share in parts:
+            some, empty = samples.select(part), self._empty_condition()
+            loss = share * generator_losses(self.roles, self.critic, some, empty, distillation, settings, draws[part])
+            self._check_finite("generator", "DMD and adversarial loss", loss.total)
+            self.roles.generator.synchronize(part == parts[-1][0])
+            self.manual_backward(loss.total)
+            losses.append(loss.detach())
+        whole = sum(losses[1:], losses[0])
         weighed = {
-            "loss/dmd": (distillation.weight, loss.dmd),
-            "loss/adversarial": (settings.weight, loss.adversarial),
-            "loss/adversarial_last_step": (settings.last_step, loss.last_step),
+            "loss/dmd": (distillation.weight, whole.dmd),
+            "loss/adversarial": (settings.weight, whole.adversarial),
+            "loss/adversarial_last_step": (settings.last_step, whole.last_step),
         }
-        metrics = {name: value.detach() for name, (weight, value) in weighed.items() if weight}
-        return metrics | loss.gradient_norms(distillation.weight)
+        return {name: value for name, (weight, value) in weighed.items() if weight} | whole.pulls
 
     def _backward_policy(
         self, rollout: Trajectory, trained_steps: Sequence[int], captions: Sequence[str]

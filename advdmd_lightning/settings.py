@@ -162,15 +162,22 @@ class NetworkSettings:
         checkpoint_every: keep only the inputs of every n-th block for the backward pass and compute its inside again
             there: 1 = all blocks, which needs the least memory; null = none.
         compile: compile each block with ``torch.compile``, which takes minutes at the start.
+        micro_batch: samples per pass of the rollout, the guidance updates and the generator's distillation, an even
+            number (neighbours swap captions for ``discriminator.mismatched``); their gradients add up to the batch's.
+            null = all at once. The policy's passes have ``grpo.micro_batch``.
     """
 
     checkpoint_every: int | None = None
     compile: bool = False
+    micro_batch: int | None = None
 
     def __post_init__(self) -> None:
         """Check the range."""
         every = self.checkpoint_every
         _require(every is None or every >= 1, "networks.checkpoint_every", every, "give null for none, 1 for all")
+        size = self.micro_batch
+        even = size is None or (size >= 2 and size % 2 == 0)
+        _require(even, "networks.micro_batch", size, "give null, or an even number of samples")
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,8 @@ def _remove(path: Path) -> None:
 
 def _by_name(saved: dict[str, Any], optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
     """An optimizer's saved state with the parameters' names in place of their numbers."""
-    groups, of_number = [], {}
+    groups: list[dict[str, Any]] = []
+    of_number: dict[int, str] = {}
     for group, current in zip(saved["param_groups"], optimizer.param_groups, strict=True):
         of_number |= dict(zip(group["params"], (names[p] for p in current["params"]), strict=True))
         groups.append({**group, "params": [of_number[number] for number in group["params"]]})

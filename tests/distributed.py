@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -14,16 +15,35 @@ ROOT = Path(__file__).resolve().parent.parent
 GLOBAL_BATCH = 4
 
 
-def launch(processes: int, folder: Path, check: bool = True, **options) -> subprocess.CompletedProcess[str]:
-    """Run ``main`` in so many processes on this machine, with one thread each; results come as files in ``folder``."""
-    script = [str(ROOT / "tests" / "distributed.py"), json.dumps({"folder": str(folder)} | options)]
-    torchrun = [str(Path(sysconfig.get_path("scripts")) / "torchrun"), "--standalone", f"--nproc-per-node={processes}"]
-    command = [*(torchrun if processes > 1 else [sys.executable]), *script]
+def launch(processes: int, folder: Path, nodes: int = 1, **options) -> None:
+    """Run ``main`` in so many processes, with one thread each; results come as files in ``folder``.
+
+    Args:
+        processes: On all nodes together.
+        folder: Of the results and checkpoints.
+        nodes: How many nodes this machine plays.
+        options: Arguments of ``main``.
+    """
+    script = [str(ROOT / "tests" / "distributed.py"), json.dumps({"folder": str(folder), "nodes": nodes} | options)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+    torchrun = [str(Path(sysconfig.get_path("scripts")) / "torchrun"), f"--nproc-per-node={processes // nodes}"]
+    started, port = [], free_port()
+    for node in range(nodes):
+        place = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", f"--node-rank={node}"]
+        address = ["--master-addr=127.0.0.1", f"--master-port={port}"] if nodes > 1 else []
+        command = [*([*torchrun, *place, *address] if processes > 1 else [sys.executable]), *script]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(command, env=environment, **pipes))
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert all(process.returncode == 0 for process in started), "\n".join(outputs)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def main(
@@ -38,6 +58,7 @@ def main(
     precision: str = "32-true",
     dtype: str = "float32",
     single_file: bool = False,
+    nodes: int = 1,
 ) -> None:
     """Train on a fixed global batch, of which each process takes its part, and write what came out."""
     import lightning as L
@@ -76,7 +97,8 @@ def main(
     record = Record()
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=world,
+        devices=world // nodes,
+        num_nodes=nodes,
         strategy=FSDP2Strategy(save_distributed_checkpoint=False) if single_file else strategy,
         precision=precision,
         max_steps=cycles,

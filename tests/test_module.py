@@ -23,6 +23,7 @@ from advdmd_lightning.settings import (
     DistillationSettings,
     GRPOSettings,
     GuidanceSettings,
+    NetworkSettings,
 )
 from advdmd_lightning.shapes.checker import ShapesScore
 from tests.training import (
@@ -164,6 +165,39 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
     with pytest.raises(RuntimeError, match=r"gradient norm of the generator is (nan|inf) at generator update 0"):
         fit(module, tmp_path)
     assert same(before, snapshot(module.generator))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_micro_batches_train_what_the_whole_batch_trains(tmp_path, size):
+    """A batch of six, so that the last part of four is smaller."""
+    optimizer = functools.partial(torch.optim.AdamW, lr=1e-3, eps=1e-3)  # else Adam makes whole steps of rounding
+    captions = [*CAPTIONS, "a circle on gray", "a square on gray"]
+    batches = [{"image": torch.rand(6, 3, 24, 24) * 2 - 1, "caption": captions} for _ in range(3)]
+    settings = {
+        "discriminator": DiscriminatorSettings(hidden=32, weight=0.1, last_step=0.1, mismatched=0.5),
+        **{f"{role}_optimizer": optimizer for role in ("generator", "fake_score", "discriminator")},
+    }
+    seen = []
+    for micro_batch in (None, size):
+        module = tiny_module(**settings, networks=NetworkSettings(micro_batch=micro_batch))
+        module.grpo_gate = 0.0
+        fit(module, tmp_path, 3, data=batches)
+        seen.append((snapshot(module), without_time(module.last_metrics)))
+    (whole, whole_metrics), (parts, part_metrics) = seen
+    assert part_metrics == pytest.approx(whole_metrics, rel=1e-4, abs=1e-6)
+    assert all(torch.allclose(whole[name], parts[name], atol=1e-5) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"checkpoint_every": 0}, "`model.networks.checkpoint_every` is 0"),
+        ({"micro_batch": 3}, "`model.networks.micro_batch` is 3: give null, or an even number"),
+    ],
+)
+def test_bad_network_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        NetworkSettings(**settings)
 
 
 def raw_batch():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 
+from advdmd_lightning.strategies import FSDP2Strategy, sharding_mesh
 from tests.distributed import launch
 from tests.training import same, tiny_module
 
@@ -85,6 +87,27 @@ def test_resume_across_strategies_and_numbers_of_processes(folder, alone, proces
     weights, measures = largest_difference(result(folder, reference), result(folder, "moved"))
     assert weights < 1e-5
     assert {name: value for name, value in measures.items() if value > tolerance(name)} == {}
+
+
+def test_two_nodes_train_what_one_process_trains(folder, alone):
+    form, reference = alone
+    launch(2, folder, nodes=2, name="nodes", form=form, strategy="hsdp")
+    weights, measures = largest_difference(result(folder, reference), result(folder, "nodes"))
+    assert weights < 1e-5
+    assert {name: value for name, value in measures.items() if value > tolerance(name)} == {}
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy(), DDPStrategy()], ids=["fsdp", "ddp"])
+def test_strategies_that_cannot_do_it_are_refused_with_those_that_can(strategy):
+    with pytest.raises(ValueError, match="cannot train a generator.*choose fsdp2, hsdp, replicate or ddp_find_unused"):
+        sharding_mesh(strategy)
+
+
+def test_half_a_checkpoint_is_refused(tmp_path):
+    (tmp_path / "last.ckpt").mkdir()
+    (tmp_path / "last.ckpt" / "__0_0.distcp").touch()
+    with pytest.raises(ValueError, match="last.ckpt is not a whole checkpoint"):
+        FSDP2Strategy().load_checkpoint(tmp_path / "last.ckpt")
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from advdmd_lightning.backbones.roles import Role, Roles
 from advdmd_lightning.draws import Draws
-from advdmd_lightning.equations import adversarial_loss, dmd_loss, guided_velocity
+from advdmd_lightning.equations import adversarial_loss, dmd_loss, generator_loss, guided_velocity
 from advdmd_lightning.flow import add_noise, x0_from_velocity
 from advdmd_lightning.records import Condition, Trajectory
 from advdmd_lightning.settings import DiscriminatorSettings, DistillationSettings
@@ -20,32 +20,47 @@ from advdmd_lightning.updates.gradients import carry_gradient
 
 @dataclass(frozen=True)
 class GeneratorLoss:
-    """Losses of the generator on one prediction, 0-d each; 0 where their weight is 0.
+    """Losses of the generator on one prediction; those of the parts of a batch, each times its share, add up.
 
     Attributes:
-        dmd: (3.1).
+        total: what is minimised, 0-d, with autograd history.
+        dmd: (3.1), 0-d; 0 without weight, like the other terms.
         adversarial: (3.8), on re-noised predictions.
         last_step: (3.8), on the images with which the rollout would end.
-        x0: the predictions, (B, C, H, W), with autograd history; they keep their gradient.
-        x0_gradient: gradient of the DMD loss in x0, (B, C, H, W).
+        dmd_pull: squared norm of the weighed DMD term's gradient in the predictions, 0-d.
+        adversarial_pull: that of both weighed adversarial terms.
     """
 
+    total: Tensor
     dmd: Tensor
     adversarial: Tensor
     last_step: Tensor
-    x0: Tensor
-    x0_gradient: Tensor
+    dmd_pull: Tensor
+    adversarial_pull: Tensor
 
-    def gradient_norms(self, dmd_weight: float) -> dict[str, Tensor]:
-        """Norms of the terms' weighed gradients in x0, after the backward pass: what pulls how hard.
+    def __add__(self, other: GeneratorLoss) -> GeneratorLoss:
+        """Add the records of two parts."""
+        return GeneratorLoss(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
-        Args:
-            dmd_weight: weight of the DMD term; the adversarial ones are what remains.
-        """
-        total = self.x0.grad
-        assert total is not None, "before the backward pass"
-        dmd = dmd_weight * self.x0_gradient
-        return {"grad_norm/x0_dmd": dmd.norm(), "grad_norm/x0_adversarial": (total - dmd).norm()}
+    def __rmul__(self, share: float) -> GeneratorLoss:
+        """Weigh a part."""
+        return GeneratorLoss(
+            total=share * self.total,
+            dmd=share * self.dmd,
+            adversarial=share * self.adversarial,
+            last_step=share * self.last_step,
+            dmd_pull=share**2 * self.dmd_pull,
+            adversarial_pull=share**2 * self.adversarial_pull,
+        )
+
+    def detach(self) -> GeneratorLoss:
+        """Drop the autograd history, for logging."""
+        return GeneratorLoss(*(getattr(self, f.name).detach() for f in fields(self)))
+
+    @property
+    def pulls(self) -> dict[str, Tensor]:
+        """Norms of the terms' weighed gradients in the predictions: what pulls how hard."""
+        return {"grad_norm/x0_dmd": self.dmd_pull.sqrt(), "grad_norm/x0_adversarial": self.adversarial_pull.sqrt()}
 
 
 def generator_losses(
@@ -77,7 +92,6 @@ def generator_losses(
     x_t = add_noise(x0, draws.noise(x0.shape[1:]), t)
     still, fake_velocity = x_t.detach(), None
     dmd = adversarial = last_step = x0.new_zeros(())
-    x0_gradient = torch.zeros_like(x0)
     if critic is not None and discriminator.weight:
         leaf = x_t.detach().requires_grad_(True)
         fake_velocity, features = critic.velocity_and_features(roles.fake_score, leaf, t, condition)
@@ -87,7 +101,8 @@ def generator_losses(
         if len(last):
             leaf = x0[last].detach().requires_grad_(True)
             judged = adversarial_loss(critic.logits(leaf, torch.zeros_like(t[last]), condition[last]))
-            last_step = carry_gradient(judged, leaf, x0[last])
+            # a mean over all samples whose expectation is that of one at the last step, so that parts add up
+            last_step = carry_gradient(trajectory.num_steps * len(last) / len(step) * judged, leaf, x0[last])
     if distillation.weight:
         if fake_velocity is None:
             with torch.no_grad():
@@ -96,9 +111,24 @@ def generator_losses(
         x0_real = x0_from_velocity(still, real_velocity, t)
         x0_fake = x0_from_velocity(still, fake_velocity.detach(), t)
         dmd = dmd_loss(x0, x0_real, x0_fake, distillation.normalizer_floor)
-        (x0_gradient,) = torch.autograd.grad(dmd, x0, retain_graph=True)
-    x0.retain_grad()
-    return GeneratorLoss(dmd, adversarial, last_step, x0, x0_gradient)
+    both = discriminator.weight * adversarial + discriminator.last_step * last_step
+    weighed_dmd = distillation.weight * dmd
+    return GeneratorLoss(
+        total=generator_loss(weighed_dmd, x0.new_zeros(()), both, lambda_grpo=0.0, lambda_adv=1.0),
+        dmd=dmd,
+        adversarial=adversarial,
+        last_step=last_step,
+        dmd_pull=_squared_gradient(weighed_dmd, x0),
+        adversarial_pull=_squared_gradient(both, x0),
+    )
+
+
+def _squared_gradient(loss: Tensor, x0: Tensor) -> Tensor:
+    """Squared norm of the gradient in x0, 0-d; 0 where the loss does not depend on it."""
+    if not loss.requires_grad:
+        return loss.detach().square() * 0
+    (gradient,) = torch.autograd.grad(loss, x0, retain_graph=True)
+    return gradient.square().sum()
 
 
 @torch.no_grad()

@@ -33,6 +33,19 @@ class GuidanceLoss:
     discriminator: Tensor
     accuracies: Mapping[str, Accuracy] = field(default_factory=dict)
 
+    def __add__(self, other: GuidanceLoss) -> GuidanceLoss:
+        """Add the records of two parts of a batch, each times its share."""
+        judged = {kind: self.accuracies[kind] + other.accuracies[kind] for kind in self.accuracies}
+        return GuidanceLoss(self.fake_score + other.fake_score, self.discriminator + other.discriminator, judged)
+
+    def __rmul__(self, share: float) -> GuidanceLoss:
+        """Weigh a part; counts stay."""
+        return GuidanceLoss(share * self.fake_score, share * self.discriminator, self.accuracies)
+
+    def detach(self) -> GuidanceLoss:
+        """Drop the autograd history, for logging."""
+        return GuidanceLoss(self.fake_score.detach(), self.discriminator.detach(), self.accuracies)
+
 
 @dataclass(frozen=True, eq=False)
 class _Regression:
