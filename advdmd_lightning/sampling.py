@@ -64,20 +64,26 @@ class FewStepSampling(L.LightningModule, ABC):
 
     @torch.no_grad()
     def sample(
-        self, captions: Sequence[str], noise: Tensor | None = None, seed: int = 0, num_steps: int | None = None
+        self,
+        captions: Sequence[str],
+        noise: Tensor | None = None,
+        seed: int = 0,
+        num_steps: int | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> Tensor:
         """Generate one image per caption with the few-step generator.
 
         Args:
             captions: B captions.
             noise: (B, C, h, w) initial noise; drawn from ``seed`` if not given.
-            seed: seed of the initial noise and of the steps' noise; image i draws the same in any batch.
+            seed: seed of the initial noise and of the steps' noise.
             num_steps: steps of the grid; by default those of the training.
+            numbers: B numbers of the images, by default from 0; an image's noise is fixed by seed and number.
 
         Returns:
             (B, 3, H, W) images in [-1, 1].
         """
-        draws = Draws(range(len(captions)), seed, "sample", device=self.device)
+        draws = Draws(range(len(captions)) if numbers is None else numbers, seed, "sample", device=self.device)
         if noise is None:
             noise = draws.noise(self.backbone.latent_shape)
         grid = self.grid if num_steps is None else few_step_grid(num_steps, self.backbone.shift).to(self.device)
@@ -103,9 +109,15 @@ class FewStepSampling(L.LightningModule, ABC):
         self._log_metrics("test")
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return images (B, 3, H, W) in [-1, 1] of the batch's captions, from noise fixed by the batch's number."""
-        number = batch_idx * self.trainer.world_size + self.global_rank
-        return self.sample(batch["caption"], seed=(self.seed + 1) * 1_000_003 + number)
+        """Return images (B, 3, H, W) in [-1, 1] of the batch's captions, image i from the noise of number i.
+
+        The numbers are the batch's ``index``, so that an image does not depend on batch size and processes; without it
+        they are counted over the batches of all processes.
+        """
+        captions = batch["caption"]
+        first = (batch_idx * self.trainer.world_size + self.global_rank) * len(captions)
+        numbers = batch["index"].tolist() if "index" in batch else range(first, first + len(captions))
+        return self.sample(captions, seed=self.seed, numbers=numbers)
 
     def _log_metrics(self, stage: str) -> None:
         for name, value in self.metrics.compute().items():

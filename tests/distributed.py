@@ -65,11 +65,13 @@ def main(
     import torch
 
     from advdmd_lightning.backbones import Adapters, Copies, SD3Backbone
-    from advdmd_lightning.callbacks import GeneratorEMA, GRPOWarmup
+    from advdmd_lightning.callbacks import GeneratorEMA, GRPOWarmup, SampleLogger
+    from advdmd_lightning.data import ShapesCaptions
     from advdmd_lightning.settings import GRPOSettings, NetworkSettings
+    from advdmd_lightning.shapes.checker import ShapesScore
     from advdmd_lightning.strategies import FSDP2Strategy
     from tests.tiny import build_sd3
-    from tests.training import tiny_data, tiny_module, without_time
+    from tests.training import CAPTIONS, tiny_data, tiny_module, without_time
 
     torch.set_num_threads(1)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -79,6 +81,7 @@ def main(
         backbone=SD3Backbone(str(build_sd3()), resolution=24, max_sequence_length=0, dtype=dtype),
         roles=Copies if form == "copies" else functools.partial(Adapters, rank=4),
         networks=NetworkSettings(checkpoint_every=2),
+        metrics={"shapes": ShapesScore()},
         grpo=GRPOSettings(weight=10.0, group_size=4, micro_batch=micro_batch),
         generator_optimizer=optimizer,
         fake_score_optimizer=optimizer,
@@ -94,7 +97,7 @@ def main(
             if trainer.global_step == save_at:
                 trainer.save_checkpoint(Path(folder) / f"{name}.ckpt")
 
-    record = Record()
+    record, samples = Record(), SampleLogger(CAPTIONS, every=cycles, folder=str(Path(folder) / name))
     trainer = L.Trainer(
         accelerator="cpu",
         devices=world // nodes,
@@ -102,17 +105,20 @@ def main(
         strategy=FSDP2Strategy(save_distributed_checkpoint=False) if single_file else strategy,
         precision=precision,
         max_steps=cycles,
-        callbacks=[GRPOWarmup(start=2), GeneratorEMA(decay=0.9), record],
+        callbacks=[GRPOWarmup(start=2), GeneratorEMA(decay=0.9), samples, record],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    trainer.fit(module, tiny_data(batch_size=GLOBAL_BATCH // world), ckpt_path=resume)
+    validation = {"validation": ShapesCaptions(per_category=1), "validation_batch_size": 6 // world}
+    data = tiny_data(batch_size=GLOBAL_BATCH // world, **validation)
+    trainer.fit(module, data, ckpt_path=resume)
+    (scores,) = trainer.validate(module, data, verbose=False)
     student = module.student().state_dict()
     if rank == 0:
-        torch.save({"cycles": record.cycles, "student": student}, Path(folder) / f"{name}.pt")
+        torch.save({"cycles": record.cycles, "student": student, "scores": scores}, Path(folder) / f"{name}.pt")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 
 from advdmd_lightning.callbacks import GeneratorEMA, GRPOWarmup
 from advdmd_lightning.data import ShapesCaptions
@@ -400,6 +401,21 @@ def test_sample_is_a_function_of_captions_and_seed():
     assert torch.equal(images, module.sample(CAPTIONS, seed=4))
     assert not torch.equal(images, module.sample(CAPTIONS, seed=5))
     assert not torch.equal(images, module.sample(CAPTIONS, seed=4, num_steps=1))
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_predicted_images_do_not_depend_on_the_batch_size(tmp_path, counted):
+    """With ``index`` and, as long as batches are full, without."""
+    module, seen = tiny_module(), []
+    for size in (2, 3):
+        captions = [CAPTIONS[i % 4] for i in range(6)]
+        batches = [{"caption": captions[i : i + size], "index": torch.arange(i, i + size)} for i in range(0, 6, size)]
+        if not counted:
+            batches = [{"caption": batch["caption"]} for batch in batches]
+        loader = DataLoader(batches, batch_size=None)
+        seen.append(torch.cat(tiny_trainer(tmp_path).predict(module, loader)))
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(seen[0][0], seen[0][4], atol=1e-2)  # one caption, two numbers
 
 
 def test_validate_test_and_predict(tmp_path):

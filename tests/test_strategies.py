@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from PIL import Image
 
 from advdmd_lightning.strategies import FSDP2Strategy, sharding_mesh
 from tests.distributed import launch
@@ -59,6 +61,9 @@ def test_two_processes_train_what_one_trains(folder, alone, strategy):
     weights, measures = largest_difference(expected, found)
     assert weights < 1e-5
     assert {name: value for name, value in measures.items() if value > tolerance(name)} == {}
+    assert found["scores"] == pytest.approx(expected["scores"], abs=1e-6)
+    pictures = [Image.open(folder / each / "step_000010.png") for each in (reference, name)]
+    assert np.abs(np.subtract(*(np.asarray(picture, dtype=float) for picture in pictures))).max() <= 1
     assert not same(found["student"], tiny_module().student().state_dict())
 
 
