@@ -26,7 +26,7 @@ ELSEWHERE = (
     "trainer.logger",
     *(f"trainer.callbacks.{name}." for name in OWN_CALLBACKS),
     "trainer.callbacks.GRPOWarmup.class_path",
-    *(f"trainer.callbacks.GRPOWarmup.init_args.{key}" for key in ("start", "every", "ramp")),
+    *(f"trainer.callbacks.GRPOWarmup.init_args.{key}" for key in ("start", "every", "ramp", "stop")),
 )
 """Other keys without effect before the gate opens."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from advdmd_lightning.callbacks.schedule import at_least, is_due
@@ -28,6 +27,8 @@ class GRPOWarmup(L.Callback):
         accuracy_band: Open only while the running accuracy of the discriminator, the mean of that on real and that on
             generated samples in [0, 1], lies between these two: below it has nothing to say, above it saturates (O).
             None = whatever it is.
+        stop: Generator updates after which the gate stays closed, so that distillation has the last word; None = never
+            (O).
 
     Attributes:
         grpo_updates: GRPO updates so far.
@@ -39,7 +40,12 @@ class GRPOWarmup(L.Callback):
     """
 
     def __init__(
-        self, start: int, every: int = 1, ramp: int = 0, accuracy_band: tuple[float, float] | None = None
+        self,
+        start: int,
+        every: int = 1,
+        ramp: int = 0,
+        accuracy_band: tuple[float, float] | None = None,
+        stop: int | None = None,
     ) -> None:
         self.start = at_least(0, start, "start of GRPOWarmup")
         self.every = at_least(1, every, "every of GRPOWarmup")
@@ -49,7 +55,9 @@ class GRPOWarmup(L.Callback):
                 f"init_args.accuracy_band of GRPOWarmup is {accuracy_band}: give two accuracies in [0, 1], the lower "
                 "first, such as [0.55, 0.9]; or null for no band."
             )
-        self.accuracy_band = accuracy_band
+        if stop is not None and stop <= start:
+            raise ValueError(f"init_args.stop of GRPOWarmup is {stop}: set null, or more than start = {start}.")
+        self.accuracy_band, self.stop = accuracy_band, stop
         self.grpo_updates = 0
         self.accuracy: float | None = None
 
@@ -72,7 +80,8 @@ class GRPOWarmup(L.Callback):
         self, trainer: L.Trainer, pl_module: AdvDMDModule, batch: Any, batch_idx: int
     ) -> None:
         """Set the gate of this cycle."""
-        is_open = is_due(trainer.global_step, self.every, self.start) and self._is_in_band()
+        before_stop = self.stop is None or trainer.global_step < self.stop
+        is_open = before_stop and is_due(trainer.global_step, self.every, self.start) and self._is_in_band()
         pl_module.grpo_gate = self._height() if is_open else 0.0
 
     def on_train_batch_end(  # type: ignore[override]
@@ -82,7 +91,8 @@ class GRPOWarmup(L.Callback):
         if pl_module.grpo_weight:
             self.grpo_updates += 1
         if self.accuracy_band is not None:
-            accuracy = _accuracy_over_ranks(trainer, pl_module)
+            last = pl_module.last_metrics  # means over all processes
+            accuracy = (last["discriminator/accuracy_real"] + last["discriminator/accuracy_fake"]) / 2
             self.accuracy = accuracy if self.accuracy is None else MEMORY * self.accuracy + (1 - MEMORY) * accuracy
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,10 +111,3 @@ class GRPOWarmup(L.Callback):
 
     def _height(self) -> float:
         return min(1.0, (self.grpo_updates + 1) / self.ramp) if self.ramp else 1.0
-
-
-def _accuracy_over_ranks(trainer: L.Trainer, pl_module: AdvDMDModule) -> float:
-    """Mean over ranks of the last cycle's accuracy on real and on generated samples."""
-    last = pl_module.last_metrics
-    mean = (last["discriminator/accuracy_real"] + last["discriminator/accuracy_fake"]) / 2
-    return float(trainer.strategy.reduce(torch.tensor(mean, device=pl_module.device), reduce_op="mean"))

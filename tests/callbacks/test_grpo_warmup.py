@@ -40,6 +40,12 @@ def test_opens_after_the_start_and_then_every_so_often(tmp_path):
     assert ["loss/grpo" in cycle for cycle in record.cycles] == [bool(gate) for gate in record.gates]
 
 
+def test_stays_closed_after_the_stop(tmp_path):
+    warmup, record = run(tmp_path, 5, start=1, stop=3)
+    assert record.gates == [0, 1, 1, 0, 0]
+    assert warmup.grpo_updates == 2
+
+
 def test_ramp_counts_grpo_updates(tmp_path):
     warmup, record = run(tmp_path, 5, start=1, every=1, ramp=4)
     assert record.gates == [0, 0.25, 0.5, 0.75, 1]
@@ -95,6 +101,7 @@ def test_settings_without_effect_warn(tmp_path):
         ({"start": -1}, "init_args.start of GRPOWarmup is -1"),
         ({"start": 0, "every": 0}, "init_args.every of GRPOWarmup is 0"),
         ({"start": 0, "ramp": -1}, "init_args.ramp of GRPOWarmup is -1"),
+        ({"start": 5, "stop": 5}, "init_args.stop of GRPOWarmup is 5: set null, or more than start = 5"),
         ({"start": 0, "accuracy_band": (0.9, 0.5)}, "init_args.accuracy_band of GRPOWarmup"),
         ({"start": 0, "accuracy_band": (0.5, 1.5)}, "init_args.accuracy_band of GRPOWarmup"),
     ],
