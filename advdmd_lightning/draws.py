@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ class Draws:
     number of processes, and after a resume.
 
     Args:
-        samples: the B samples' numbers, for instance their places in the global batch.
+        samples: the B samples' numbers, for instance their places in the global batch; joined as text.
         key: what else tells streams apart: a seed, a step, a purpose; joined as text.
         device: where the streams are, which decides the numbers too.
 
@@ -31,7 +31,7 @@ class Draws:
         True
     """
 
-    def __init__(self, samples: Iterable[int], *key: object, device: torch.device | str = "cpu") -> None:
+    def __init__(self, samples: Iterable[Hashable], *key: object, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.generators = [torch.Generator(device).manual_seed(_seed(*key, number)) for number in samples]
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torchmetrics import Metric
@@ -21,7 +23,7 @@ from torchmetrics import Metric
 from advdmd_lightning.average import WeightAverage
 from advdmd_lightning.backbones.base import Backbone
 from advdmd_lightning.backbones.roles import Copies, Role, Roles
-from advdmd_lightning.backbones.sharding import reshard, shard, synchronize
+from advdmd_lightning.backbones.sharding import reshard, shard, synchronize, take_from_first
 from advdmd_lightning.discriminator import Discriminator
 from advdmd_lightning.draws import Draws
 from advdmd_lightning.equations import GRPOLoss
@@ -38,7 +40,7 @@ from advdmd_lightning.settings import (
     GuidanceSettings,
     NetworkSettings,
 )
-from advdmd_lightning.strategies import sharding_mesh
+from advdmd_lightning.strategies import FSDP2Strategy, names_in, sharding_mesh
 from advdmd_lightning.updates import (
     GuidanceLoss,
     MeanMetrics,
@@ -210,13 +212,50 @@ class AdvDMDModule(FewStepSampling):
         """Set up the networks, once, and the average if a callback wants one; Lightning calls this in every stage."""
         if not self._configured:
             self.roles.prepare(self.networks)
-            mesh = sharding_mesh(self.trainer.strategy)
-            if mesh is not None:
-                self.roles.shard(mesh, COMPUTE_DTYPES[self.trainer.precision])
-                shard(self.discriminator, (), mesh, None)
+            self._distribute(sharding_mesh(self.trainer.strategy))
             self._configured = True
-        if self.keeps_average and self.average is None:
+        if self.average is None and (self.keeps_average or self._resumes_an_average()):
             self.average = WeightAverage(self.generator.trained_weights())
+
+    def _distribute(self, mesh: DeviceMesh | None) -> None:
+        """Give all processes the first one's weights, and each its shards of them."""
+        if mesh is None:
+            return
+        precision = str(self.trainer.precision)
+        if precision not in COMPUTE_DTYPES:
+            raise ValueError(
+                f"`trainer.precision` is {precision!r}, but sharded training knows {sorted(COMPUTE_DTYPES)}, both with "
+                "weights kept in float32: choose one of them"
+            )
+        trained = (parameter for parameter in self.parameters() if parameter.requires_grad)
+        take_from_first(trained, self.trainer.strategy.root_device)
+        self.roles.shard(mesh, COMPUTE_DTYPES[precision])
+        shard(self.discriminator, (), mesh, None)
+
+    def _resumes_an_average(self) -> bool:
+        """Whether the folder of shards that this stage begins with has an average; a file is looked at when it loads.
+
+        Raises:
+            ValueError: if it has none but shall, or only a sharded strategy can read it.
+        """
+        path = Path(self.trainer.ckpt_path) if self.trainer.ckpt_path else None
+        if path is None or not path.is_dir():
+            return False
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, FSDP2Strategy):
+            raise ValueError(
+                f"{path} is a folder of shards, which `trainer.strategy` = {type(strategy).__name__} cannot read: set "
+                "it to fsdp2, on any number of devices, one for instance"
+            )
+        return any(name.startswith("average.") for name in names_in(path))
+
+    def on_fit_start(self) -> None:
+        """Warn of an average that nobody updates."""
+        if self.average is not None and not self.keeps_average:
+            rank_zero_warn(
+                "The checkpoint has an average of the generator, which this run does not go on with: samples "
+                "come from the old one. Add the callback GeneratorEMA."
+            )
 
     @contextmanager
     def sampling_weights(self) -> Iterator[None]:
@@ -224,9 +263,11 @@ class AdvDMDModule(FewStepSampling):
         if self.average is None:
             yield
             return
-        with self.average.swapped(self.generator.trained_weights()):
-            yield
-        reshard(self.generator.network)
+        try:
+            with self.average.swapped(self.generator.trained_weights()):
+                yield
+        finally:
+            reshard(self.generator.network)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep an average if the checkpoint has one; begin it with the generator's weights if only this run keeps one.

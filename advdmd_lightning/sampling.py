@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -58,7 +58,10 @@ class FewStepSampling(L.LightningModule, ABC):
         """Return the context in which the generator has the weights to sample with."""
 
     def student(self) -> nn.Module:
-        """Return a network of the generator's own, on the CPU, with the weights to sample with."""
+        """Return a network of the generator's own, on the CPU, with the weights to sample with.
+
+        With sharded weights all processes must ask together; the same holds for ``sample``.
+        """
         with self.sampling_weights():
             return self.generator.standalone()
 
@@ -69,7 +72,7 @@ class FewStepSampling(L.LightningModule, ABC):
         noise: Tensor | None = None,
         seed: int = 0,
         num_steps: int | None = None,
-        numbers: Sequence[int] | None = None,
+        numbers: Sequence[Hashable] | None = None,
     ) -> Tensor:
         """Generate one image per caption with the few-step generator.
 
@@ -112,11 +115,12 @@ class FewStepSampling(L.LightningModule, ABC):
         """Return images (B, 3, H, W) in [-1, 1] of the batch's captions, image i from the noise of number i.
 
         The numbers are the batch's ``index``, so that an image does not depend on batch size and processes; without it
-        they are counted over the batches of all processes.
+        they are those of the batch and of the place in it.
         """
         captions = batch["caption"]
-        first = (batch_idx * self.trainer.world_size + self.global_rank) * len(captions)
-        numbers = batch["index"].tolist() if "index" in batch else range(first, first + len(captions))
+        number = batch_idx * self.trainer.world_size + self.global_rank
+        places = [(number, place) for place in range(len(captions))]
+        numbers = batch["index"].tolist() if "index" in batch else places
         return self.sample(captions, seed=self.seed, numbers=numbers)
 
     def _log_metrics(self, stage: str) -> None:

@@ -25,8 +25,8 @@ class DistillationSettings:
         max_time: largest t (R: 0.98).
         time_shift: shift of the uniform draw of t towards noise, as in the sampling grid; 1 = none (O).
         normalizer_floor: floor of the DMD normaliser, in latent units (O).
-        ambient_share: share of the fake score's samples that start from a noisy state of the rollout instead of its
-            end, in [0, 1] (R: RTDMD's ambient target; O: 0, off).
+        ambient_share: probability with which a sample of the fake score starts from a noisy state of the rollout
+            instead of its end, in [0, 1] (R: RTDMD's ambient target; O: 0, off).
     """
 
     weight: float = 1.0

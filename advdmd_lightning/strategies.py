@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import torch
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -20,6 +21,7 @@ from lightning.pytorch.strategies import (
     StrategyRegistry,
 )
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     set_model_state_dict,
@@ -62,6 +64,12 @@ class FSDP2Strategy(ModelParallelStrategy):
             self.root_device.type, (world // shards, shards), mesh_dim_names=("replicate", "shard")
         )
 
+    def setup(self, trainer: L.Trainer) -> None:
+        """Keep Lightning from evaluating in inference mode, in which FSDP2 cannot make its tensors."""
+        super().setup(trainer)
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
+
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
@@ -70,8 +78,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        partial, old = (path.with_name(f"{path.name}.{end}") for end in ("partial", "old"))
+        aside = path.parent / ".saving"  # where no search for checkpoints looks
+        partial, old = aside / path.name, aside / f"{path.name}.old"
         if self.is_global_zero:
+            if old.exists() and not path.exists():  # a save ended between the two renames below
+                old.rename(path)
+            _remove(old)
             _remove(partial)
         self.barrier()
         super().save_checkpoint(checkpoint, partial, storage_options)
@@ -80,20 +92,19 @@ class FSDP2Strategy(ModelParallelStrategy):
             if path.exists():
                 path.rename(old)
             partial.rename(path)
-            _remove(old)
+            _remove(aside)
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a folder of shards, or a single file; Lightning's own way with a file knows one optimizer only."""
         path = Path(self.broadcast(checkpoint_path))
-        if path.is_dir() and not (path / ".metadata").exists():
-            raise ValueError(
-                f"{path} is not a whole checkpoint: the run that wrote it was interrupted; take another one"
-            )
         if path.is_dir():
+            names_in(path)  # for its check
             return super().load_checkpoint(path, weights_only)
         assert self.model is not None, "Lightning loads after the set-up"
         checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        assert self.lightning_module is not None, "as above"
+        self.lightning_module.on_load_checkpoint(checkpoint)  # before its weights are taken
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -101,6 +112,18 @@ class FSDP2Strategy(ModelParallelStrategy):
             state = _by_name(saved, optimizer, names)
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state, options=options)
         return checkpoint
+
+
+def names_in(folder: Path) -> set[str]:
+    """Return the names of the weights in a folder of shards.
+
+    Raises:
+        ValueError: It is not a whole checkpoint.
+    """
+    if not (folder / ".metadata").exists():
+        raise ValueError(f"{folder} is not a whole checkpoint: the run that wrote it was interrupted; take another one")
+    found = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {name.removeprefix("state_dict.") for name in found if name.startswith("state_dict.")}
 
 
 def _remove(path: Path) -> None:
@@ -129,8 +152,6 @@ def sharding_mesh(strategy: Strategy) -> DeviceMesh | None:
     """
     if isinstance(strategy, FSDP2Strategy):
         return strategy.mesh if strategy.mesh["shard"].size() < strategy.mesh.size() else strategy.mesh["shard"]
-    if isinstance(strategy, ModelParallelStrategy):
-        return strategy.device_mesh["data_parallel"]
     unused = isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("find_unused_parameters", False)
     if isinstance(strategy, SingleDeviceStrategy) or unused:
         return None

@@ -10,16 +10,17 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
 
-class SaveOnSignal(L.Callback):
+class SaveOnSignal(Checkpoint):
     """Ends the training after the cycle in which any process gets a signal, with a checkpoint ``last.ckpt``.
 
-    It lies where the run's ``ModelCheckpoint`` writes, so that ``--ckpt_path last`` goes on from it. Under SLURM with
-    automatic requeue Lightning's own handlers stay in place.
+    It lies where the run's ``ModelCheckpoint`` writes, so that ``--ckpt_path last`` goes on from it. As a
+    ``Checkpoint`` it comes after all other callbacks, so that what they count is in it. Under SLURM with automatic
+    requeue Lightning saves and requeues at that moment, not wherever in a cycle each process happens to be.
 
     Args:
         signals: Names of the signals; by default those of preemption.
@@ -42,9 +43,6 @@ class SaveOnSignal(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the signals over from Lightning, which would stop without a checkpoint."""
         self.received = None
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            return
         self._before = {number: signal.signal(number, self._note) for number in self.signals}
 
     def on_train_batch_end(
@@ -54,9 +52,13 @@ class SaveOnSignal(L.Callback):
         noted = torch.tensor(float(self.received is not None), device=pl_module.device)
         if not trainer.strategy.reduce(noted, reduce_op="sum"):
             return
+        trainer.should_stop = True
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            trainer._signal_connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)  # type: ignore[arg-type]
+            return
         path = checkpoint_folder(trainer) / "last.ckpt"
         trainer.save_checkpoint(path)
-        trainer.should_stop = True
         rank_zero_info(f"Stopped by {self.received or 'a signal to another process'}; go on with --ckpt_path {path}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -78,7 +80,7 @@ class SaveOnSignal(L.Callback):
 
 def checkpoint_folder(trainer: L.Trainer) -> Path:
     """Return where the run's checkpoints lie."""
-    callback = trainer.checkpoint_callback
-    if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-        return Path(callback.dirpath)
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            return Path(callback.dirpath)
     return Path(trainer.default_root_dir) / "checkpoints"

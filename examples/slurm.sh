@@ -1,7 +1,7 @@
 #!/bin/bash
 # AdvDMD on several nodes under SLURM: sbatch examples/slurm.sh
-# Shortly before the time runs out SLURM signals the run; Lightning writes a checkpoint, puts the job back into the
-# queue, and the next start goes on from that checkpoint.
+# Shortly before the time runs out SLURM signals the run; after that cycle (SaveOnSignal, in every recipe) Lightning
+# writes a checkpoint and puts the job back into the queue, and the next start goes on from that checkpoint.
 #SBATCH --job-name=advdmd
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8

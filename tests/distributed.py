@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
-GLOBAL_BATCH = 4
+GLOBAL_BATCH = 8
 
 
 def launch(processes: int, folder: Path, nodes: int = 1, **options) -> None:
@@ -59,19 +61,26 @@ def main(
     dtype: str = "float32",
     single_file: bool = False,
     nodes: int = 1,
+    signal_at: int | None = None,
 ) -> None:
     """Train on a fixed global batch, of which each process takes its part, and write what came out."""
     import lightning as L
     import torch
+    from lightning.pytorch.loops import utilities
+    from torch.distributed.tensor import DTensor
+    from torchmetrics import MeanMetric
 
     from advdmd_lightning.backbones import Adapters, Copies, SD3Backbone
-    from advdmd_lightning.callbacks import GeneratorEMA, GRPOWarmup, SampleLogger
+    from advdmd_lightning.callbacks import GeneratorEMA, GRPOWarmup, SampleLogger, SaveOnSignal
     from advdmd_lightning.data import ShapesCaptions
-    from advdmd_lightning.settings import GRPOSettings, NetworkSettings
-    from advdmd_lightning.shapes.checker import ShapesScore
+    from advdmd_lightning.settings import DiscriminatorSettings, GRPOSettings, NetworkSettings
     from advdmd_lightning.strategies import FSDP2Strategy
     from tests.tiny import build_sd3
     from tests.training import CAPTIONS, tiny_data, tiny_module, without_time
+
+    class Brightness(MeanMetric):
+        def update(self, images, captions):
+            super().update(images)
 
     torch.set_num_threads(1)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -80,17 +89,26 @@ def main(
     module = tiny_module(
         backbone=SD3Backbone(str(build_sd3()), resolution=24, max_sequence_length=0, dtype=dtype),
         roles=Copies if form == "copies" else functools.partial(Adapters, rank=4),
-        networks=NetworkSettings(checkpoint_every=2),
-        metrics={"shapes": ShapesScore()},
+        networks=NetworkSettings(checkpoint_every=2, micro_batch=2 if world > 1 else None),
+        discriminator=DiscriminatorSettings(hidden=32, weight=0.1, last_step=0.1, mismatched=0.3),
+        metrics={"brightness": Brightness()},
         grpo=GRPOSettings(weight=10.0, group_size=4, micro_batch=micro_batch),
         generator_optimizer=optimizer,
         fake_score_optimizer=optimizer,
         discriminator_optimizer=optimizer,
     )
 
+    with torch.no_grad():  # as in processes without a common seed
+        for parameter in module.discriminator.parameters():
+            parameter.add_(0.1 * rank)
+
     class Record(L.Callback):
         def __init__(self):
             self.cycles = []
+
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == signal_at and rank == world - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
 
         def on_train_batch_end(self, trainer, module, *_):
             self.cycles.append(without_time(module.last_metrics))
@@ -105,9 +123,8 @@ def main(
         strategy=FSDP2Strategy(save_distributed_checkpoint=False) if single_file else strategy,
         precision=precision,
         max_steps=cycles,
-        callbacks=[GRPOWarmup(start=2), GeneratorEMA(decay=0.9), samples, record],
+        callbacks=[GRPOWarmup(start=2), GeneratorEMA(decay=0.9), samples, record, SaveOnSignal()],
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
@@ -115,10 +132,19 @@ def main(
     validation = {"validation": ShapesCaptions(per_category=1), "validation_batch_size": 6 // world}
     data = tiny_data(batch_size=GLOBAL_BATCH // world, **validation)
     trainer.fit(module, data, ckpt_path=resume)
+    utilities.dist = SimpleNamespace(
+        get_backend=lambda: "nccl"
+    )  # as Lightning sees it on GPUs, where it evaluates in inference mode
     (scores,) = trainer.validate(module, data, verbose=False)
     student = module.student().state_dict()
+    mesh = list(trainer.strategy.mesh.shape) if isinstance(trainer.strategy, FSDP2Strategy) else None
+    weight = next(iter(module.generator.parameters()))
+    weight = [len(weight), len(weight.to_local()) if isinstance(weight, DTensor) else len(weight)]
     if rank == 0:
-        torch.save({"cycles": record.cycles, "student": student, "scores": scores}, Path(folder) / f"{name}.pt")
+        torch.save(
+            {"cycles": record.cycles, "student": student, "scores": scores, "mesh": mesh, "weight": weight},
+            Path(folder) / f"{name}.pt",
+        )
 
 
 if __name__ == "__main__":

@@ -168,14 +168,15 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
     assert same(before, snapshot(module.generator))
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_micro_batches_train_what_the_whole_batch_trains(tmp_path, size):
+@pytest.mark.parametrize(("size", "ambient"), [(2, 0.0), (4, 0.5)])
+def test_micro_batches_train_what_the_whole_batch_trains(tmp_path, size, ambient):
     """A batch of six, so that the last part of four is smaller."""
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-3, eps=1e-3)  # else Adam makes whole steps of rounding
     captions = [*CAPTIONS, "a circle on gray", "a square on gray"]
     batches = [{"image": torch.rand(6, 3, 24, 24) * 2 - 1, "caption": captions} for _ in range(3)]
     settings = {
         "discriminator": DiscriminatorSettings(hidden=32, weight=0.1, last_step=0.1, mismatched=0.5),
+        "distillation": DistillationSettings(ambient_share=ambient),
         **{f"{role}_optimizer": optimizer for role in ("generator", "fake_score", "discriminator")},
     }
     seen = []
@@ -403,19 +404,21 @@ def test_sample_is_a_function_of_captions_and_seed():
     assert not torch.equal(images, module.sample(CAPTIONS, seed=4, num_steps=1))
 
 
-@pytest.mark.parametrize("counted", [False, True])
-def test_predicted_images_do_not_depend_on_the_batch_size(tmp_path, counted):
-    """With ``index`` and, as long as batches are full, without."""
+def test_predicted_images_belong_to_their_index_whatever_the_batch_size(tmp_path):
     module, seen = tiny_module(), []
-    for size in (2, 3):
+    for size in (2, 4):
         captions = [CAPTIONS[i % 4] for i in range(6)]
-        batches = [{"caption": captions[i : i + size], "index": torch.arange(i, i + size)} for i in range(0, 6, size)]
-        if not counted:
-            batches = [{"caption": batch["caption"]} for batch in batches]
-        loader = DataLoader(batches, batch_size=None)
-        seen.append(torch.cat(tiny_trainer(tmp_path).predict(module, loader)))
+        parts = [slice(i, min(i + size, 6)) for i in range(0, 6, size)]
+        batches = [{"caption": captions[p], "index": torch.arange(p.start, p.stop)} for p in parts]
+        seen.append(torch.cat(tiny_trainer(tmp_path).predict(module, DataLoader(batches, batch_size=None))))
     torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(seen[0][0], seen[0][4], atol=1e-2)  # one caption, two numbers
+
+
+def test_predicted_images_without_index_all_have_noise_of_their_own(tmp_path):
+    batches = [{"caption": CAPTIONS[:1] * size} for size in (4, 4, 2)]
+    images = torch.cat(tiny_trainer(tmp_path).predict(tiny_module(), DataLoader(batches, batch_size=None)))
+    assert len({image.numpy().tobytes() for image in images}) == 10
 
 
 def test_validate_test_and_predict(tmp_path):

@@ -37,7 +37,6 @@ class Role(HoldsFrozen):
     def __init__(self, backbone: Backbone, network: nn.Module, *, frozen: bool = False) -> None:
         super().__init__()
         object.__setattr__(self, "backbone", backbone)  # past the registry: a reference
-        self.frozen = frozen
         if frozen:
             self.hold("network", network)
         else:

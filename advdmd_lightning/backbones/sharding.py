@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+
+def take_from_first(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+    """Give every process the first one's values, by way of a device that the processes' backend knows."""
+    for parameter in parameters:
+        values = parameter.data.to(device)
+        torch.distributed.broadcast(values, src=0)
+        parameter.data.copy_(values)
 
 
 def shard(network: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, dtype: torch.dtype | None) -> None:

@@ -26,7 +26,8 @@ class GeneratorLoss:
         total: what is minimised, 0-d, with autograd history.
         dmd: (3.1), 0-d; 0 without weight, like the other terms.
         adversarial: (3.8), on re-noised predictions.
-        last_step: (3.8), on the images with which the rollout would end.
+        last_step: (3.8), on the images with which the rollout would end; its gradient reaches predictions from the last
+            state alone.
         dmd_pull: squared norm of the weighed DMD term's gradient in the predictions, 0-d.
         adversarial_pull: that of both weighed adversarial terms.
     """
@@ -97,12 +98,12 @@ def generator_losses(
         fake_velocity, features = critic.velocity_and_features(roles.fake_score, leaf, t, condition)
         adversarial = carry_gradient(adversarial_loss(critic.heads(features)), leaf, x_t)
     if critic is not None and discriminator.last_step:
-        last = (step == trajectory.num_steps - 1).nonzero().flatten()
-        if len(last):
-            leaf = x0[last].detach().requires_grad_(True)
-            judged = adversarial_loss(critic.logits(leaf, torch.zeros_like(t[last]), condition[last]))
-            # a mean over all samples whose expectation is that of one at the last step, so that parts add up
-            last_step = carry_gradient(trajectory.num_steps * len(last) / len(step) * judged, leaf, x0[last])
+        # of all samples, though only some are at the last step: which ones, differs between processes, and what runs
+        # must not; K times, so that the expectation is a mean over those
+        leaf = x0.detach().requires_grad_(True)
+        judged = adversarial_loss(critic.logits(leaf, torch.zeros_like(t), condition))
+        at_last = (step == trajectory.num_steps - 1).view(-1, 1, 1, 1)
+        last_step = carry_gradient(judged, leaf, trajectory.num_steps * torch.where(at_last, x0, x0.detach()))
     if distillation.weight:
         if fake_velocity is None:
             with torch.no_grad():

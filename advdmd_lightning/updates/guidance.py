@@ -51,25 +51,36 @@ class GuidanceLoss:
 class _Regression:
     """What the fake score learns in one update: to denoise x_t, (B, C, H, W), at t, (B,).
 
-    The first of the samples, as many as ``x_s`` has, were noised from a state x_s of the rollout at time s, the others
-    from the final x0.
+    Attributes:
+        x_t: noisy states.
+        t: their times.
+        noise: what they were noised with.
+        x0: the final states that they come from, but for the ambient ones.
+        ambient: (B,) which come from a state x_s of the rollout at time s instead.
+        x_s: (B, C, H, W), of the ambient ones; None where there are none.
+        s: (B,).
     """
 
     x_t: Tensor
     t: Tensor
     noise: Tensor
     x0: Tensor
-    x_s: Tensor
-    s: Tensor
+    ambient: Tensor | None = None
+    x_s: Tensor | None = None
+    s: Tensor | None = None
 
     def loss(self, velocity: Tensor) -> Tensor:
         """Return the mean over all samples, 0-d."""
-        n, count = len(self.x_s), len(self.x0)
-        if not n:
+        if self.ambient is None or self.x_s is None or self.s is None:
             return fake_score_loss(velocity, self.x0, self.noise)
-        noisy = ambient_score_loss(velocity[:n], self.x_s, self.noise[:n], self.s, self.t[:n])
-        clean = fake_score_loss(velocity[n:], self.x0[n:], self.noise[n:]) if n < count else 0.0
-        return (n * noisy + (count - n) * clean) / count
+        noisy, clean = self.ambient.nonzero().flatten(), (~self.ambient).nonzero().flatten()
+        total = velocity.new_zeros(())
+        if len(noisy):
+            states = (velocity[noisy], self.x_s[noisy], self.noise[noisy], self.s[noisy], self.t[noisy])
+            total = total + len(noisy) * ambient_score_loss(*states)
+        if len(clean):
+            total = total + len(clean) * fake_score_loss(velocity[clean], self.x0[clean], self.noise[clean])
+        return total / len(velocity)
 
 
 def guidance_loss(
@@ -158,13 +169,14 @@ def _neighbours(count: int, device: torch.device) -> Tensor:
 
 
 def _regression(trajectory: Trajectory, settings: DistillationSettings, draws: Draws) -> _Regression:
-    """Draw times and noise; the first ``ambient_share`` of the samples start from a noisy state."""
-    x0, count = trajectory.x0, trajectory.batch_size
-    t, noise = draw_times(settings, draws), draws.noise(x0.shape[1:])
-    x_t, n = add_noise(x0, noise, t), round(settings.ambient_share * count)
-    if not n:
-        return _Regression(x_t, t, noise, x0, x0[:0], t[:0])
-    step = draws[:n].integers(1, trajectory.num_steps - 1)
+    """Draw times and noise; each sample starts from a noisy state with the probability ``ambient_share``."""
+    x0, t = trajectory.x0, draw_times(settings, draws)
+    noise = draws.noise(x0.shape[1:])
+    x_t = add_noise(x0, noise, t)
+    if not settings.ambient_share:
+        return _Regression(x_t, t, noise, x0)
+    ambient, step = draws.uniform() < settings.ambient_share, draws.integers(1, trajectory.num_steps - 1)
     x_s, s = states_at(trajectory, step), trajectory.times[step]
-    t = torch.cat([s + (1 - s) * t[:n], t[n:]])
-    return _Regression(torch.cat([renoise(x_s, noise[:n], s, t[:n]), x_t[n:]]), t, noise, x0, x_s, s)
+    t = torch.where(ambient, s + (1 - s) * t, t)
+    x_t = torch.where(ambient.view(-1, 1, 1, 1), renoise(x_s, noise, s, torch.maximum(t, s)), x_t)
+    return _Regression(x_t, t, noise, x0, ambient, x_s, s)

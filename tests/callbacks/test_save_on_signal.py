@@ -14,8 +14,9 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from advdmd_lightning.callbacks import SaveOnSignal
+from advdmd_lightning.callbacks import GeneratorEMA, GRPOWarmup, SaveOnSignal
 from tests.training import fit, same, snapshot, tiny_module
 
 
@@ -34,11 +35,13 @@ class Send(L.Callback):
 def test_a_signal_ends_the_cycle_with_a_checkpoint_from_which_the_run_goes_on(tmp_path, number):
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
     straight, stopped, resumed = tiny_module(), tiny_module(), tiny_module()
-    fit(straight, tmp_path, 4)
-    trainer = fit(stopped, tmp_path, 4, [SaveOnSignal(), Send(number, update=1)])
+    others = lambda: [GRPOWarmup(start=1, every=2, ramp=3), GeneratorEMA(decay=0.9)]  # noqa: E731
+    fit(straight, tmp_path, 4, others())
+    callbacks = [SaveOnSignal(), *others(), Send(number, update=1)]
+    trainer = fit(stopped, tmp_path, 4, callbacks, enable_checkpointing=True)
     assert trainer.global_step == 2
     assert {n: signal.getsignal(n) for n in handlers} == handlers
-    fit(resumed, tmp_path, 4, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    fit(resumed, tmp_path, 4, others(), ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
     assert same(snapshot(straight), snapshot(resumed))
 
 
@@ -49,8 +52,27 @@ def test_saves_where_the_runs_checkpoints_are(tmp_path):
     assert torch.load(tmp_path / "there" / "last.ckpt", weights_only=True)["global_step"] == 1
 
 
+def test_under_slurm_the_job_is_requeued_from_between_two_cycles(tmp_path, monkeypatch):
+    """The scheduler is a script that notes what it is asked."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "scontrol").write_text(f"#!/bin/sh\necho $@ > {tmp_path}/asked\n")
+    (tools / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    job = {"JOB_ID": "17", "NTASKS": "1", "JOB_NAME": "train", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    callbacks = [SaveOnSignal(), Send(signal.SIGUSR1, update=1)]
+    environment = SLURMEnvironment(auto_requeue=True)
+    trainer = fit(tiny_module(), tmp_path, 4, callbacks, enable_checkpointing=True, plugins=[environment])
+    assert trainer.global_step == 2
+    assert (tmp_path / "asked").read_text().split() == ["requeue", "17"]
+    (saved,) = tmp_path.rglob("hpc_ckpt_*.ckpt")
+    assert torch.load(saved, weights_only=True)["global_step"] == 2
+
+
 def test_without_a_signal_nothing_is_written(tmp_path):
-    fit(tiny_module(), tmp_path, 2, [SaveOnSignal()])
+    fit(tiny_module(), tmp_path, 2, [SaveOnSignal()], enable_checkpointing=True)
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
