@@ -135,7 +135,7 @@ class Settings:
         """Return what a result depends on."""
         branch = self.row.branch
         return {
-            "recipe": hashlib.sha256(json.dumps(_recipe(self.row)).encode()).hexdigest(),  # comments do not count
+            "recipe": hashlib.sha256(json.dumps(_relevant(_recipe(self.row))).encode()).hexdigest(),
             "overrides": list(self.overrides),
             "branch": None if branch is None else {"of": branch.of, "at": branch.at},
             "seed": seed,
@@ -161,6 +161,14 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 def _recipe(row: Row) -> dict[str, Any]:
     recipe: dict[str, Any] = yaml.safe_load(Path(resolve_config(row.recipe)).read_text(encoding="utf-8"))
     return recipe
+
+
+def _relevant(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without comments, and without what the study replaces: paths, logger, callbacks that only watch."""
+    trainer = {key: value for key, value in recipe["trainer"].items() if key not in ("default_root_dir", "logger")}
+    callbacks = trainer.get("callbacks") or []
+    trainer["callbacks"] = [callback for callback in callbacks if _class(callback) not in OWN_CALLBACKS]
+    return {**recipe, "trainer": trainer}
 
 
 def _class(callback: dict[str, Any]) -> str:

@@ -152,5 +152,6 @@ def test_sharded_in_bfloat16(folder, options):
     for ours, theirs in zip(found["cycles"], expected["cycles"], strict=True):
         assert ours["loss/fake_score"] == pytest.approx(theirs["loss/fake_score"], rel=0.02)
         assert ours["loss/dmd"] == pytest.approx(theirs["loss/dmd"], rel=0.1)
-        assert ours["loss/fake_score"] != pytest.approx(theirs["loss/fake_score"], rel=1e-5)  # it is not float32
         assert ours.get("grpo/ratio", 1.0) == 1.0
+    pairs = zip(found["cycles"], expected["cycles"], strict=True)
+    assert max(abs(a["loss/fake_score"] - b["loss/fake_score"]) for a, b in pairs) > 1e-4  # it is not float32

@@ -145,6 +145,9 @@ def test_fingerprint(tmp_path):
 
     first = fingerprint(text)
     assert fingerprint("# Another comment.\n" + text) == first
+    assert fingerprint(text.replace("default_root_dir: runs/", "default_root_dir: elsewhere/")) == first
+    assert fingerprint(text.replace("every_n_train_steps: ", "every_n_train_steps: 1")) == first
+    assert fingerprint(text.replace("decay: 0.98", "decay: 0.97")) != first
     assert fingerprint(text.replace("max_steps: ", "max_steps: 1"))["recipe"] != first["recipe"]
     assert fingerprint(text, "model.num_steps=2")["overrides"] == ["model.num_steps=2"]
     assert fingerprint(text, seed=1) != first
