@@ -19,7 +19,7 @@ class WeightAverage(nn.Module):
         >>> weights = {"a.b": torch.tensor([1.0])}
         >>> average = WeightAverage(weights)
         >>> weights["a.b"] += 2
-        >>> average.follow(weights, decay=0.5)
+        >>> average.update(weights, decay=0.5)
         >>> with average.swapped(weights):
         ...     print(weights["a.b"])
         tensor([2.])
@@ -34,7 +34,7 @@ class WeightAverage(nn.Module):
             self.register_parameter(_key(name), nn.Parameter(copy, requires_grad=False))
 
     @torch.no_grad()
-    def follow(self, weights: Mapping[str, Tensor], decay: float) -> None:
+    def update(self, weights: Mapping[str, Tensor], decay: float) -> None:
         """Take over the share ``1 - decay`` of the weights' values; 0 makes the average equal to them."""
         for name, weight in weights.items():
             self.get_parameter(_key(name)).lerp_(weight.detach().float(), 1 - decay)

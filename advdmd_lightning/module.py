@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torchmetrics import Metric
 
-from advdmd_lightning.average import WeightAverage
 from advdmd_lightning.backbones.base import Backbone
 from advdmd_lightning.backbones.roles import Copies, Role, Roles
-from advdmd_lightning.backbones.sharding import reshard, shard, synchronize, take_from_first
+from advdmd_lightning.backbones.sharding import broadcast_parameters, reshard, shard, synchronize
+from advdmd_lightning.checks import check_objective
 from advdmd_lightning.discriminator import Discriminator
 from advdmd_lightning.draws import Draws
 from advdmd_lightning.equations import GRPOLoss
 from advdmd_lightning.flow import Renoising, Transition
 from advdmd_lightning.records import Condition, Trajectory
 from advdmd_lightning.rewards import DiscriminatorReward, Reward, Rollout
-from advdmd_lightning.rollout import simulate, split
+from advdmd_lightning.rollout import simulate, split, spread
 from advdmd_lightning.sampling import FewStepSampling
 from advdmd_lightning.settings import (
     ClipSettings,
@@ -40,8 +36,9 @@ from advdmd_lightning.settings import (
     GuidanceSettings,
     NetworkSettings,
 )
-from advdmd_lightning.strategies import FSDP2Strategy, names_in, sharding_mesh
+from advdmd_lightning.strategies import compute_dtype, read_shards, sharding_mesh
 from advdmd_lightning.updates import (
+    GeneratorLoss,
     GuidanceLoss,
     MeanMetrics,
     accuracy_metrics,
@@ -51,9 +48,11 @@ from advdmd_lightning.updates import (
     gradient_norm,
     guidance_loss,
     mean_over_processes,
+    micro_batches,
     passes,
     pathwise_losses,
     policy_losses,
+    portions,
     real_score_loss,
     reward_metrics,
     sample_metrics,
@@ -61,8 +60,7 @@ from advdmd_lightning.updates import (
     trajectory_advantages,
 )
 
-COMPUTE_DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16}
-"""What a sharded network is computed in, by the trainer's precision; None = what it is kept in."""
+Loss = TypeVar("Loss", GuidanceLoss, GeneratorLoss, GRPOLoss, Tensor)
 POLICY_METRICS = (
     "loss/grpo",
     "loss/pathwise",
@@ -114,8 +112,6 @@ class AdvDMDModule(FewStepSampling):
 
     Attributes:
         grpo_gate: share of λ_grpo in force, set by callbacks before a cycle; 0 closes the gate.
-        keeps_average: whether ``configure_model`` makes an average; set by ``GeneratorEMA``.
-        average: the generator's averaged weights, from which it samples; None = it samples with its own.
         last_metrics: what the last cycle logged.
     """
 
@@ -146,7 +142,7 @@ class AdvDMDModule(FewStepSampling):
         self.distillation, self.grpo, self.guidance = distillation, grpo, guidance
         self.discriminator_settings, self.clip, self.networks = discriminator, clip, networks
         self.rewards = list(rewards) if rewards is not None else [DiscriminatorReward()]
-        self._check_policy()
+        check_objective(distillation, discriminator, grpo, self.rewards, transition, self.grid)
         self.roles = roles(backbone)
         blocks = discriminator.blocks or backbone.feature_blocks()
         self.discriminator = Discriminator(blocks, backbone.feature_channels, discriminator.hidden)
@@ -156,45 +152,14 @@ class AdvDMDModule(FewStepSampling):
         self._make_optimizers = (generator_optimizer, fake_score_optimizer, discriminator_optimizer)
         self._make_schedules = (generator_schedule, fake_score_schedule, discriminator_schedule)
         self.grpo_gate = 1.0
-        self.keeps_average, self.average = False, cast("WeightAverage | None", None)
         self._configured = False
         self.last_metrics: dict[str, float] = {}
         self._empty: Condition | None = None
 
-    def _check_policy(self) -> None:
-        if self.grpo.weight and not any(self.transition.stochastic_steps(self.grid)):
-            raise ValueError(
-                f"`model.grpo.weight` is {self.grpo.weight}, but `model.transition` = {self.transition} with "
-                f"`model.num_steps` = {len(self.grid) - 1} has no stochastic step, so there is no policy to train: "
-                "choose a stochastic transition with at least 2 steps, or set the weight to 0"
-            )
-        if self.grpo.weight and not self.rewards:
-            raise ValueError("`model.rewards` is empty while `model.grpo.weight` > 0: name a reward, or set it to 0")
-        weights = (self.distillation.weight, self.grpo.weight, *self._adversarial_weights())
-        if not any(weights):
-            raise ValueError(
-                "nothing trains the generator: `model.distillation.weight`, `model.grpo.weight`, "
-                "`model.discriminator.weight` and `model.discriminator.last_step` are all 0; set one of them"
-            )
-
-        if self.grpo.weight and self.grpo.gradient_ratio is not None and not (weights[0] or any(weights[2:])):
-            raise ValueError(
-                f"`model.grpo.gradient_ratio` is {self.grpo.gradient_ratio}, a share of the other terms' gradient, but "
-                "`model.distillation.weight` and the discriminator's weights are 0: set it to null"
-            )
-        if self.distillation.ambient_share and len(self.grid) < 3:
-            raise ValueError(
-                f"`model.distillation.ambient_share` is {self.distillation.ambient_share}, but `model.num_steps` = "
-                f"{len(self.grid) - 1} leaves no noisy state after the first: set it to 0"
-            )
-
-    def _adversarial_weights(self) -> tuple[float, float]:
-        return self.discriminator_settings.weight, self.discriminator_settings.last_step
-
     def _reads_discriminator(self) -> bool:
         """Whether anything does; otherwise it is neither trained nor run."""
         policy = self.grpo.pathwise > 0 or any(reward.reads_discriminator for reward in self.rewards)
-        return any(self._adversarial_weights()) or (self.grpo.weight > 0 and policy)
+        return self.discriminator_settings.trains_generator or (self.grpo.weight > 0 and policy)
 
     @property
     def generator(self) -> Role:
@@ -209,92 +174,23 @@ class AdvDMDModule(FewStepSampling):
     # ------------------------------------------------------------------ before the first cycle
 
     def configure_model(self) -> None:
-        """Set up the networks, once, and the average if a callback wants one; Lightning calls this in every stage."""
+        """Set up and shard the networks, once, and begin the average; Lightning calls this in every stage."""
         if not self._configured:
             self.roles.prepare(self.networks)
-            self._distribute(sharding_mesh(self.trainer.strategy))
+            self._shard()
             self._configured = True
-        if self.average is None and (self.keeps_average or self._resumes_an_average()):
-            self.average = WeightAverage(self.generator.trained_weights())
+        super().configure_model()
 
-    def _distribute(self, mesh: DeviceMesh | None) -> None:
-        """Give all processes the first one's weights, and each its shards of them."""
+    def _shard(self) -> None:
+        mesh = sharding_mesh(self.trainer.strategy)
         if mesh is None:
+            read_shards(self.trainer.strategy)
             return
-        precision = str(self.trainer.precision)
-        if precision not in COMPUTE_DTYPES:
-            raise ValueError(
-                f"`trainer.precision` is {precision!r}, but sharded training knows {sorted(COMPUTE_DTYPES)}, both with "
-                "weights kept in float32: choose one of them"
-            )
-        trained = (parameter for parameter in self.parameters() if parameter.requires_grad)
-        take_from_first(trained, self.trainer.strategy.root_device)
-        self.roles.shard(mesh, COMPUTE_DTYPES[precision])
+        dtype = compute_dtype(str(self.trainer.precision))
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        broadcast_parameters(trained, self.trainer.strategy.root_device)
+        self.roles.shard(mesh, dtype)
         shard(self.discriminator, (), mesh, None)
-
-    def _resumes_an_average(self) -> bool:
-        """Whether the folder of shards that this stage begins with has an average; a file is looked at when it loads.
-
-        Raises:
-            ValueError: if it has none but shall, or only a sharded strategy can read it.
-        """
-        path = Path(self.trainer.ckpt_path) if self.trainer.ckpt_path else None
-        if path is None or not path.is_dir():
-            return False
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, FSDP2Strategy):
-            raise ValueError(
-                f"{path} is a folder of shards, which `trainer.strategy` = {type(strategy).__name__} cannot read: set "
-                "it to fsdp2, on any number of devices, one for instance"
-            )
-        return any(name.startswith("average.") for name in names_in(path))
-
-    def on_fit_start(self) -> None:
-        """Warn of an average that nobody updates."""
-        if self.average is not None and not self.keeps_average:
-            rank_zero_warn(
-                "The checkpoint has an average of the generator, which this run does not go on with: samples "
-                "come from the old one. Add the callback GeneratorEMA."
-            )
-
-    @contextmanager
-    def sampling_weights(self) -> Iterator[None]:
-        """Run what is inside with the average in place of the generator's weights, if there is one."""
-        if self.average is None:
-            yield
-            return
-        try:
-            with self.average.swapped(self.generator.trained_weights()):
-                yield
-        finally:
-            reshard(self.generator.network)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep an average if the checkpoint has one; begin it with the generator's weights if only this run keeps one.
-
-        Raises:
-            ValueError: if the checkpoint's average is of other weights.
-        """
-        state = checkpoint.get("state_dict")  # of a sharded checkpoint the strategy has read it already
-        if state is None:
-            return
-        found = {name for name in state if name.startswith("average.")}
-        if not found and self.average is None:
-            return
-        fresh = self.average or WeightAverage(self.generator.trained_weights())
-        names = {f"average.{name}" for name in fresh.state_dict()}
-        if not found:
-            rank_zero_warn(
-                "The checkpoint has no average of the generator: it begins with the generator's own weights."
-            )
-            weights = {name: state[f"roles.generator.{name}"] for name in self.generator.trained_weights()}
-            state |= {f"average.{name}": value for name, value in WeightAverage(weights).state_dict().items()}
-        elif found != names:
-            raise ValueError(
-                "The checkpoint's average is of other weights than this generator trains: resume with the "
-                "`model.backbone` and `model.roles` of the run that wrote it"
-            )
-        self.average = fresh
 
     # ------------------------------------------------------------------ one cycle
 
@@ -305,7 +201,7 @@ class AdvDMDModule(FewStepSampling):
         trained_steps = self._trained_steps()
         rollout = self._simulate(condition, trained_steps)
         draws = self._draws("updates", min(len(condition), rollout.batch_size))
-        samples = self._spread(rollout, draws)
+        samples = spread(rollout, draws)
         metrics = self._update_guidance(samples, real, condition, draws)
         metrics |= self._update_generator(samples, rollout, trained_steps, captions, draws)
         metrics |= sample_metrics(rollout, real)
@@ -362,27 +258,6 @@ class AdvDMDModule(FewStepSampling):
         generator = self.roles.generator
         return simulate(generator, self.transition, self.grid, condition, noise, draws, group_size, micro_batch, shared)
 
-    @staticmethod
-    def _spread(rollout: Trajectory, draws: Draws) -> Trajectory:
-        """As many samples of the rollout as ``draws`` has, evenly over its prompts, a random member of each stride."""
-        count = len(draws)
-        if rollout.batch_size == count:
-            return rollout
-        edges = torch.arange(count, device=rollout.times.device) * rollout.batch_size // count
-        return rollout.select(edges + draws.integers(0, rollout.batch_size // count - 1))
-
-    def _portions(self, samples: Trajectory) -> list[slice]:
-        """The samples of each guidance update: all of them, or disjoint parts; the generator takes the first."""
-        count, updates = samples.batch_size, self.guidance.updates
-        if not self.guidance.disjoint:
-            return [slice(0, count)] * updates
-        if count < updates:
-            raise ValueError(
-                f"`model.guidance.disjoint` needs at least `model.guidance.updates` = {updates} samples per cycle, got "
-                f"{count}: raise `data.batch_size`"
-            )
-        return [slice(i * count // updates, (i + 1) * count // updates) for i in range(updates)]
-
     def _update_guidance(
         self, samples: Trajectory, real: Tensor, condition: Condition, draws: Draws
     ) -> dict[str, Tensor]:
@@ -398,7 +273,7 @@ class AdvDMDModule(FewStepSampling):
             "discriminator": self._heads() if self.critic else [],
         }
         metrics, judged = MeanMetrics(), []
-        for portion in self._portions(samples):
+        for portion in portions(len(draws), self.guidance):
             loss = self._backward_guidance(samples, real, condition, draws, portion)
             metrics.add("loss/fake_score", loss.fake_score)
             if self.critic:
@@ -410,7 +285,7 @@ class AdvDMDModule(FewStepSampling):
                     optimizer.optimizer.step()
                     optimizer.optimizer.zero_grad()
         loss_on_real = torch.zeros((), device=self.device)
-        for part, share in self._parts(slice(0, len(draws))):
+        for part, share in micro_batches(slice(0, len(draws)), self.networks.micro_batch):
             network, words = self.roles.fake_score, condition[part]
             loss_on_real += share * real_score_loss(network, real[part], words, self.distillation, draws[part])
         return metrics.means | accuracy_metrics(judged) | {"loss/fake_score_on_real": loss_on_real}
@@ -418,10 +293,11 @@ class AdvDMDModule(FewStepSampling):
     def _backward_guidance(
         self, samples: Trajectory, real: Tensor, condition: Condition, draws: Draws, portion: slice
     ) -> GuidanceLoss:
-        """Gradients of one guidance update, in micro-batches."""
-        parts, losses = self._parts(portion), []
-        for part, share in parts:
-            loss = share * guidance_loss(
+        """Gradients of one guidance update."""
+        parts = micro_batches(portion, self.networks.micro_batch)
+        losses = (
+            share
+            * guidance_loss(
                 self.roles,
                 self.critic,
                 samples.select(part),
@@ -431,22 +307,37 @@ class AdvDMDModule(FewStepSampling):
                 draws[part],
                 self.discriminator_settings,
             )
-            self._check_finite("fake_score", "loss", loss.fake_score)
-            self._check_finite("discriminator", "loss", loss.discriminator)
-            for module in (self.roles.fake_score.network, self.discriminator):
-                synchronize(module, part == parts[-1][0])
-            self.manual_backward(loss.fake_score + loss.discriminator)
-            losses.append(loss.detach())
-        return sum(losses[1:], losses[0])
+            for part, share in parts
+        )
 
-    def _parts(self, portion: slice) -> list[tuple[slice, float]]:
-        """The micro-batches of some samples, and the share of each."""
-        count = portion.stop - portion.start
-        parts = split(count, self.networks.micro_batch or count)
-        return [
-            (slice(portion.start + part.start, portion.start + part.stop), (part.stop - part.start) / count)
-            for part in parts
-        ]
+        def total(loss: GuidanceLoss) -> Tensor:
+            fake_score = self._finite("fake_score", "loss", loss.fake_score)
+            return fake_score + self._finite("discriminator", "loss", loss.discriminator)
+
+        return self._accumulate(losses, len(parts), total, self.roles.fake_score.network, self.discriminator)
+
+    def _accumulate(
+        self, losses: Iterable[Loss], count: int, total: Callable[[Loss], Tensor], *trained: nn.Module
+    ) -> Loss:
+        """Add up the gradients of a loss that comes in parts; the last one sums them over the processes.
+
+        Args:
+            losses: the parts, each made when the one before has gone backward.
+            count: how many they are.
+            total: what of a part is minimised, 0-d.
+            trained: the networks that get gradients.
+
+        Returns:
+            The whole loss, without autograd history.
+        """
+        whole: Loss | None = None
+        for number, loss in enumerate(losses, start=1):
+            for network in trained:
+                synchronize(network, number == count)
+            self.manual_backward(total(loss))
+            whole = loss.detach() if whole is None else whole + loss.detach()
+        assert whole is not None, "a batch has samples, and a policy a stochastic step"
+        return whole
 
     def _update_generator(
         self,
@@ -459,7 +350,7 @@ class AdvDMDModule(FewStepSampling):
         """One optimizer step on the composite objective (3.10)."""
         optimizer, *_ = self._three_optimizers()
         parameters = self.roles.generator.trainable_parameters()
-        portion = self._portions(samples)[0]
+        portion, *_ = portions(len(draws), self.guidance)
         metrics = self._backward_prediction(samples.select(portion), draws[portion])
         if self.grpo_weight:
             metrics |= self._backward_policy(rollout, trained_steps, captions)
@@ -476,23 +367,27 @@ class AdvDMDModule(FewStepSampling):
     def _backward_prediction(self, samples: Trajectory, draws: Draws) -> dict[str, Tensor]:
         """Gradients of the DMD and adversarial terms, in micro-batches."""
         settings, distillation = self.discriminator_settings, self.distillation
-        if not (distillation.weight or settings.weight or settings.last_step):
+        if not (distillation.weight or settings.trains_generator):
             return {}
-        parts, losses = self._parts(slice(0, len(draws))), []
-        for part, share in parts:
-            some, empty = samples.select(part), self._empty_condition()
-            loss = share * generator_losses(self.roles, self.critic, some, empty, distillation, settings, draws[part])
-            self._check_finite("generator", "DMD and adversarial loss", loss.total)
-            self.roles.generator.synchronize(part == parts[-1][0])
-            self.manual_backward(loss.total)
-            losses.append(loss.detach())
-        whole = sum(losses[1:], losses[0])
+        parts, empty = micro_batches(slice(0, len(draws)), self.networks.micro_batch), self._empty_condition()
+        losses = (
+            share
+            * generator_losses(
+                self.roles, self.critic, samples.select(part), empty, distillation, settings, draws[part]
+            )
+            for part, share in parts
+        )
+
+        def total(loss: GeneratorLoss) -> Tensor:
+            return self._finite("generator", "DMD and adversarial loss", loss.total)
+
+        whole = self._accumulate(losses, len(parts), total, self.roles.generator.network)
         weighed = {
             "loss/dmd": (distillation.weight, whole.dmd),
             "loss/adversarial": (settings.weight, whole.adversarial),
             "loss/adversarial_last_step": (settings.last_step, whole.last_step),
         }
-        return {name: value for name, (weight, value) in weighed.items() if weight} | whole.pulls
+        return {name: value for name, (weight, value) in weighed.items() if weight} | whole.gradient_norms
 
     def _backward_policy(
         self, rollout: Trajectory, trained_steps: Sequence[int], captions: Sequence[str]
@@ -521,27 +416,17 @@ class AdvDMDModule(FewStepSampling):
         seen = Rollout(rollout, words, self._score, self._decode)
         advantages, scores = trajectory_advantages(self.rewards, seen, self.grpo)
         metrics = reward_metrics(scores, rollout) | {"grpo/zero_std_share": advantages.zero_std_share}
-        policy: GRPOLoss | None = None
-        parts = policy_losses(generator, teacher, self.transition, rollout, advantages.values, self.grpo, trained_steps)
-        pathwise = self.grpo.pathwise > 0 and self.critic is not None
-        left = passes(rollout, trained_steps, self.grpo.micro_batch)
-        for part in parts:
-            left -= 1
-            generator.synchronize(left == 0 and not pathwise)
-            self._check_finite("generator", "policy loss", part.loss)
-            self.manual_backward(part.loss)
-            policy = part.detach() if policy is None else policy + part.detach()
-        assert policy is not None, "checked at construction: a policy has a stochastic step"
-        if pathwise and self.critic:
-            reward = torch.zeros((), device=self.device)
-            left = passes(rollout, range(rollout.num_steps), self.grpo.micro_batch)
-            for loss in pathwise_losses(generator, self.critic, self.transition, rollout, self.grpo.micro_batch):
-                left -= 1
-                generator.synchronize(left == 0)
-                self._check_finite("generator", "pathwise loss", loss)
-                self.manual_backward(self.grpo.pathwise * loss)
-                reward -= loss.detach()
-            metrics["loss/pathwise"] = -reward
+        steps, network, micro_batch = tuple(trained_steps), generator.network, self.grpo.micro_batch
+        losses = policy_losses(generator, teacher, self.transition, rollout, advantages.values, self.grpo, steps)
+        count = passes(rollout, steps, micro_batch)
+        policy = self._accumulate(losses, count, lambda p: self._finite("generator", "policy loss", p.loss), network)
+        if self.grpo.pathwise and self.critic:
+            weight = self.grpo.pathwise
+            paths = pathwise_losses(generator, self.critic, self.transition, rollout, micro_batch)
+            count = passes(rollout, range(rollout.num_steps), micro_batch)
+            metrics["loss/pathwise"] = self._accumulate(
+                paths, count, lambda p: self._finite("generator", "pathwise loss", weight * p), network
+            )
         return metrics | {
             "loss/grpo": policy.loss,
             "grpo/ratio": policy.ratio_mean,
@@ -556,19 +441,20 @@ class AdvDMDModule(FewStepSampling):
 
     def _clip(self, role: str, parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
         """Clip a role's gradient and return its norm before, which must be finite."""
-        norm = gradient_norm([parameter.grad for parameter in parameters])
-        self._check_finite(role, "gradient norm", norm)
+        norm = self._finite(role, "gradient norm", gradient_norm([parameter.grad for parameter in parameters]))
         if limit is not None:
             nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return norm
 
-    def _check_finite(self, role: str, what: str, value: Tensor) -> None:
+    def _finite(self, role: str, what: str, value: Tensor) -> Tensor:
+        """The value, 0-d, if it is finite."""
         if not torch.isfinite(value):
             raise RuntimeError(
                 f"{what} of the {role} is {float(value)} at generator update {self.global_step}; the {role}'s "
                 "optimizer has not taken the step. Resume from the last checkpoint with a lower learning rate or clip "
                 "norm"
             )
+        return value
 
     def _report(self, metrics: Mapping[str, Tensor], samples_per_second: float) -> None:
         on_device = {name: value.to(self.device) for name, value in metrics.items()}

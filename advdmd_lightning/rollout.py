@@ -67,6 +67,15 @@ def simulate(
     )
 
 
+def spread(trajectory: Trajectory, draws: Draws) -> Trajectory:
+    """Return as many samples as ``draws`` has, evenly over the prompts, a random member of each stride."""
+    count = len(draws)
+    if trajectory.batch_size == count:
+        return trajectory
+    edges = torch.arange(count, device=trajectory.times.device) * trajectory.batch_size // count
+    return trajectory.select(edges + draws.integers(0, trajectory.batch_size // count - 1))
+
+
 def replay(velocity: Velocity, transition: Transition, trajectory: Trajectory, step: int, part: slice) -> Gaussian:
     """Return the current policy's distribution of one step's next state, with gradients.
 

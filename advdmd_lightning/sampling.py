@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from advdmd_lightning.average import WeightAverage
 from advdmd_lightning.backbones.base import Backbone
 from advdmd_lightning.backbones.roles import Role
+from advdmd_lightning.backbones.sharding import reshard
 from advdmd_lightning.draws import Draws
 from advdmd_lightning.flow import Transition, few_step_grid
 from advdmd_lightning.rollout import simulate
+
+AVERAGE = "average."
+"""Beginning of the names of averaged weights in a checkpoint."""
 
 
 class FewStepSampling(L.LightningModule, ABC):
@@ -31,6 +37,8 @@ class FewStepSampling(L.LightningModule, ABC):
 
     Attributes:
         grid: (K + 1,) times from 1 to 0, trailing and shifted.
+        keeps_average: whether this run keeps an average of the generator's weights; set by ``GeneratorEMA``.
+        average: the averaged weights, from which it samples; None = it samples with the generator's own.
     """
 
     grid: Tensor
@@ -47,15 +55,60 @@ class FewStepSampling(L.LightningModule, ABC):
         self.backbone, self.transition, self.seed = backbone, transition, seed
         self.register_buffer("grid", few_step_grid(num_steps, backbone.shift), persistent=False)
         self.metrics = MetricCollection(dict(metrics or {}))
+        self.keeps_average = False
+        self.average: WeightAverage | None = None
 
     @property
     @abstractmethod
     def generator(self) -> Role:
         """The generator."""
 
-    @abstractmethod
-    def sampling_weights(self) -> AbstractContextManager[None]:
-        """Return the context in which the generator has the weights to sample with."""
+    def configure_model(self) -> None:
+        """Begin the average if a callback wants one; a checkpoint's takes its place."""
+        if self.keeps_average and self.average is None:
+            self.average = WeightAverage(self.generator.trained_weights())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make room for the checkpoint's average if it has one; if not, ``on_train_start`` begins a new one.
+
+        Raises:
+            ValueError: if the checkpoint's average is of other weights.
+        """
+        state = checkpoint.get("state_dict")
+        if state is None:  # a sharded strategy has asked before, because it loads before Lightning asks
+            return
+        found = {name for name in state if name.startswith(AVERAGE)}
+        self.average = (self.average or WeightAverage(self.generator.trained_weights())) if found else None
+        if self.average is not None and found != {f"{AVERAGE}{name}" for name in self.average.state_dict()}:
+            raise ValueError(
+                "The checkpoint's average is of other weights than this generator trains: resume with the "
+                "`model.backbone` and `model.roles` of the run that wrote it"
+            )
+
+    def on_train_start(self) -> None:
+        """Warn where the average and the callback that updates it do not go together."""
+        if self.average is not None and not self.keeps_average:
+            rank_zero_warn(
+                "The checkpoint has an average of the generator, which this run does not go on with: samples come from "
+                "the old one. Add the callback GeneratorEMA."
+            )
+        if self.average is None and self.keeps_average:
+            rank_zero_warn(
+                "The checkpoint has no average of the generator: it begins with the generator's own weights."
+            )
+            self.average = WeightAverage(self.generator.trained_weights())
+
+    @contextmanager
+    def sampling_weights(self) -> Iterator[None]:
+        """Run what is inside with the average in place of the generator's weights, if there is one."""
+        if self.average is None:
+            yield
+            return
+        try:
+            with self.average.swapped(self.generator.trained_weights()):
+                yield
+        finally:
+            reshard(self.generator.network)
 
     def student(self) -> nn.Module:
         """Return a network of the generator's own, on the CPU, with the weights to sample with.

@@ -80,6 +80,11 @@ class DiscriminatorSettings:
         _require(self.last_step >= 0, "discriminator.last_step", self.last_step, "give a weight >= 0; 0 is off")
         _require(0 <= self.mismatched < 1, "discriminator.mismatched", self.mismatched, "give a share in [0, 1)")
 
+    @property
+    def trains_generator(self) -> bool:
+        """Whether the generator has an adversarial term."""
+        return self.weight > 0 or self.last_step > 0
+
 
 @dataclass(frozen=True)
 class GRPOSettings:

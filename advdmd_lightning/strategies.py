@@ -7,12 +7,14 @@ one. So gradients, clipping and checkpoints have one code path.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import (
     DDPStrategy,
     ModelParallelStrategy,
@@ -30,16 +32,17 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
-Spread = Literal["all", "node", "none"]
-NAMES: dict[str, Spread] = {"fsdp2": "all", "hsdp": "node", "replicate": "none"}
+ShardOver = Literal["all", "node", "none"]
+COMPUTE_DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16}
+NAMES: dict[str, ShardOver] = {"fsdp2": "all", "hsdp": "node", "replicate": "none"}
 
 
 class FSDP2Strategy(ModelParallelStrategy):
     """FSDP2 over all processes, within nodes, or not at all; ``AdvDMDModule.configure_model`` applies it.
 
     Args:
-        spread: Over which processes each weight is cut: ``all``; ``node``: those of a node, the nodes replicate each
-            other; ``none``: every process has all weights, as in plain data parallelism.
+        shard_over: Over which processes each weight is cut: ``all``; ``node``: those of a node, and the nodes replicate
+            each other; ``none``: every process has all weights, as in plain data parallelism.
         save_distributed_checkpoint: Checkpoints are folders into which every process writes its shards; False writes
             one file, gathered on the first process.
         arguments: Further arguments of ``ModelParallelStrategy``.
@@ -50,16 +53,18 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     mesh: DeviceMesh
 
-    def __init__(self, spread: Spread = "all", save_distributed_checkpoint: bool = True, **arguments: Any) -> None:
+    def __init__(
+        self, shard_over: ShardOver = "all", save_distributed_checkpoint: bool = True, **arguments: Any
+    ) -> None:
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, **arguments)
-        self.spread = spread
+        self.shard_over = shard_over
 
     def setup_environment(self) -> None:
         """Let all processes read different data, and make the mesh."""
         world = self.num_nodes * self.num_processes
         self._data_parallel_size, self._tensor_parallel_size = world, 1
         super().setup_environment()
-        shards = {"all": world, "node": self.num_processes, "none": 1}[self.spread]
+        shards = {"all": world, "node": self.num_processes, "none": 1}[self.shard_over]
         self.mesh = init_device_mesh(
             self.root_device.type, (world // shards, shards), mesh_dim_names=("replicate", "shard")
         )
@@ -92,14 +97,18 @@ class FSDP2Strategy(ModelParallelStrategy):
             if path.exists():
                 path.rename(old)
             partial.rename(path)
-            _remove(aside)
+            _remove(old)
+            if not any(aside.iterdir()):
+                aside.rmdir()
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a folder of shards, or a single file; Lightning's own way with a file knows one optimizer only."""
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
-            names_in(path)  # for its check
+            names = weights_in(path)
+            assert self.lightning_module is not None, "Lightning loads after the set-up"
+            self.lightning_module.on_load_checkpoint({"state_dict": dict.fromkeys(names)})
             return super().load_checkpoint(path, weights_only)
         assert self.model is not None, "Lightning loads after the set-up"
         checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
@@ -107,14 +116,37 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.lightning_module.on_load_checkpoint(checkpoint)  # before its weights are taken
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        name_of = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer, saved in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
-            state = _by_name(saved, optimizer, names)
+            state = _by_name(saved, optimizer, name_of)
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state, options=options)
         return checkpoint
 
 
-def names_in(folder: Path) -> set[str]:
+class ShardReadingIO(TorchCheckpointIO):
+    """Lightning's files, and folders of shards, which it puts together in memory."""
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a file, or a folder as the file that one process would have written."""
+        folder = Path(path)
+        if not folder.is_dir():
+            return super().load_checkpoint(path, map_location, weights_only)
+        weights_in(folder)  # for its check
+        checkpoint = _load_distributed_checkpoint(folder)
+        count = sum(name.startswith("optimizer_") for name in checkpoint)
+        checkpoint["optimizer_states"] = [checkpoint.pop(f"optimizer_{number}") for number in range(count)]
+        return checkpoint
+
+
+def read_shards(strategy: Strategy) -> None:
+    """Let a strategy that does not shard load what one that does has written, unless it has files of its own kind."""
+    if type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = ShardReadingIO()
+
+
+def weights_in(folder: Path) -> set[str]:
     """Return the names of the weights in a folder of shards.
 
     Raises:
@@ -161,12 +193,26 @@ def sharding_mesh(strategy: Strategy) -> DeviceMesh | None:
     )
 
 
+def compute_dtype(precision: str) -> torch.dtype | None:
+    """Return what sharded networks are computed in, by the trainer's precision; None = what they are kept in.
+
+    Raises:
+        ValueError: It is another precision.
+    """
+    if precision not in COMPUTE_DTYPES:
+        raise ValueError(
+            f"`trainer.precision` is {precision!r}, but sharded training knows {sorted(COMPUTE_DTYPES)}, both with "
+            "weights kept in float32: choose one of them"
+        )
+    return COMPUTE_DTYPES[precision]
+
+
 def register() -> None:
     """Make the names known to Lightning's Trainer."""
-    for name, spread in NAMES.items():
+    for name, shard_over in NAMES.items():
         if name not in StrategyRegistry:
-            description = f"FSDP2, weights cut over: {spread}"
-            StrategyRegistry.register(name, FSDP2Strategy, description=description, spread=spread)
+            description = f"FSDP2, weights cut over: {shard_over}"
+            StrategyRegistry.register(name, FSDP2Strategy, description=description, shard_over=shard_over)
 
 
 register()

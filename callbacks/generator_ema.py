@@ -50,7 +50,7 @@ class GeneratorEMA(L.Callback):
             return
         averaging = trainer.global_step > self.start
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if averaging else 0.0
-        pl_module.average.follow(pl_module.generator.trained_weights(), decay)
+        pl_module.average.update(pl_module.generator.trained_weights(), decay)
         self.updates += averaging
 
     def state_dict(self) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def main(
     single_file: bool = False,
     nodes: int = 1,
     signal_at: int | None = None,
+    decay: float | None = 0.9,
 ) -> None:
     """Train on a fixed global batch, of which each process takes its part, and write what came out."""
     import lightning as L
@@ -116,6 +117,7 @@ def main(
                 trainer.save_checkpoint(Path(folder) / f"{name}.ckpt")
 
     record, samples = Record(), SampleLogger(CAPTIONS, every=cycles, folder=str(Path(folder) / name))
+    averages = [] if decay is None else [GeneratorEMA(decay)]
     trainer = L.Trainer(
         accelerator="cpu",
         devices=world // nodes,
@@ -123,7 +125,7 @@ def main(
         strategy=FSDP2Strategy(save_distributed_checkpoint=False) if single_file else strategy,
         precision=precision,
         max_steps=cycles,
-        callbacks=[GRPOWarmup(start=2), GeneratorEMA(decay=0.9), samples, record, SaveOnSignal()],
+        callbacks=[GRPOWarmup(start=2), *averages, samples, record, SaveOnSignal()],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

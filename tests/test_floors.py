@@ -34,6 +34,7 @@ FLOORS = {
     "shapes": 1,
     "shapes.pretrain": 2,
     "rollout": 2,
+    "checks": 2,
     "strategies": 0,
     "data": 3,
     "updates": 3,

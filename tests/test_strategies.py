@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from PIL import Image
 
-from advdmd_lightning.strategies import FSDP2Strategy, names_in, sharding_mesh
+from advdmd_lightning.strategies import FSDP2Strategy, sharding_mesh, weights_in
 from tests.distributed import launch
 from tests.training import same, tiny_module
 
@@ -82,8 +84,8 @@ def test_resume_of_sharded_training_is_bitwise(folder, alone):
 
 @pytest.mark.parametrize(
     ("processes", "strategy", "written_by"),
-    [(2, "fsdp2", "alone"), (1, "fsdp2", "fsdp2"), (2, "replicate", "fsdp2"), (1, "auto", "single")],
-    ids=["file to shards", "two to one", "shards to replicas", "shards' file to one"],
+    [(2, "fsdp2", "alone"), (1, "auto", "fsdp2"), (2, "replicate", "fsdp2"), (1, "auto", "single")],
+    ids=["file to shards", "shards to one", "shards to replicas", "shards' file to one"],
 )
 def test_resume_across_strategies_and_numbers_of_processes(folder, alone, processes, strategy, written_by):
     form, reference = alone
@@ -121,13 +123,28 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(tmp_path):
     assert weights < 1e-5
 
 
+def test_shards_with_and_without_an_average(tmp_path):
+    """What the checkpoint has and what the run keeps need not be the same."""
+    run = functools.partial(launch, 1, tmp_path, strategy="fsdp2")
+    run(name="with", cycles=2, save_at=2)
+    run(name="without", cycles=2, save_at=2, decay=None)
+    assert any(name.startswith("average.") for name in weights_in(tmp_path / "with.ckpt"))
+    assert not any(name.startswith("average.") for name in weights_in(tmp_path / "without.ckpt"))
+    run(name="ended", cycles=4, decay=None, resume=str(tmp_path / "with.ckpt"))
+    run(name="begun", cycles=4, resume=str(tmp_path / "without.ckpt"))
+    run(name="straight", cycles=4, decay=None)
+    ended, begun, straight = (result(tmp_path, name)["student"] for name in ("ended", "begun", "straight"))
+    assert same(ended, result(tmp_path, "with")["student"])  # the old average
+    assert not same(begun, straight)
+
+
 def test_what_interrupted_saves_left_behind_does_not_matter(tmp_path):
     """A half-written folder, and the last whole one on its way out."""
     for name in ("new.ckpt", "new.ckpt.old"):
         (tmp_path / ".saving" / name).mkdir(parents=True)
         (tmp_path / ".saving" / name / "__0_0.distcp").touch()
     launch(1, tmp_path, name="new", strategy="fsdp2", cycles=2, save_at=1)
-    assert names_in(tmp_path / "new.ckpt")
+    assert weights_in(tmp_path / "new.ckpt")
     assert not (tmp_path / ".saving").exists()
 
 

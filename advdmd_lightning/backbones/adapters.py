@@ -74,26 +74,34 @@ class SharedNetwork:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is the intention
                 inject_adapter_in_model(config, self.network, name)
-        except ValueError as error:  # peft found no such layer, or one that is not linear
+        except ValueError as error:  # peft found no such layer, or one of a kind that it does not know
             names = sorted({n.rpartition(".")[2] for n, m in self.network.named_modules() if isinstance(m, nn.Linear)})
             raise ValueError(
                 f"roles.init_args.targets: {list(targets)} do not name linear layers of the network ({error}). It has "
                 f"layers that end in {names}."
             ) from error
         self._layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
-        for part in self.parts(name).values():
-            part.float()
+        others = [type(layer).__name__ for layer in self._layers if not isinstance(layer, LoraLinear)]
+        if others:
+            raise ValueError(f"roles.init_args.targets: {list(targets)} name layers that are not linear: {others}.")
+        for matrix in self.matrices(name).values():
+            matrix.float()
         self._activate(self.active)
 
-    def parts(self, name: str) -> dict[str, nn.Module]:
-        """Return an adapter's own modules by the names that they have in the network."""
-        ends = tuple(f".lora_{matrix}.{name}" for matrix in "AB")
-        return {path: module for path, module in self.network.named_modules() if path.endswith(ends)}
-
-    def layers(self, name: str | None) -> dict[str, LoraLinear]:
+    def layers(self, name: str) -> dict[str, LoraLinear]:
         """Return the layers that have an adapter, by the names that they have in the pretrained network."""
-        layers = {path: layer for path, layer in self.network.named_modules() if isinstance(layer, LoraLinear)}
-        return {path: layer for path, layer in layers.items() if name in layer.lora_A}
+        return {
+            path: layer
+            for path, layer in self.network.named_modules()
+            if isinstance(layer, LoraLinear) and name in layer.lora_A
+        }
+
+    def matrices(self, name: str) -> dict[str, nn.Module]:
+        """Return an adapter's own modules, by the name of the layer and ``lora_A`` or ``lora_B``."""
+        layers = self.layers(name)
+        return {f"{path}.lora_A": layer.lora_A[name] for path, layer in layers.items()} | {
+            f"{path}.lora_B": layer.lora_B[name] for path, layer in layers.items()
+        }
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -126,7 +134,7 @@ class AdapterRole(Role):
         super().__init__(backbone, shared.network, frozen=True)
         self.shared, self.name = shared, name
         if name is not None:
-            self.adapter = nn.ModuleDict({path.replace(".", "/"): m for path, m in shared.parts(name).items()})
+            self.adapter = nn.ModuleDict({path.replace(".", "/"): m for path, m in shared.matrices(name).items()})
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -137,6 +145,8 @@ class AdapterRole(Role):
     def standalone(self) -> nn.Module:
         """Return a fresh float32 network, on the CPU, with the adapter added to its weights."""
         network = self.backbone.new_network()
+        if self.name is None:
+            return network.requires_grad_(False).eval()
         for path, layer in self.shared.layers(self.name).items():
             a, b = (full(matrix[self.name].weight) for matrix in (layer.lora_A, layer.lora_B))
             network.get_parameter(f"{path}.weight").data += layer.scaling[self.name] * b @ a

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
-def take_from_first(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+def broadcast_parameters(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
     """Give every process the first one's values, by way of a device that the processes' backend knows."""
     for parameter in parameters:
         values = parameter.data.to(device)

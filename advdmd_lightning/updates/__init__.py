@@ -12,6 +12,7 @@ from advdmd_lightning.updates.measures import (
     reward_metrics,
     sample_metrics,
 )
+from advdmd_lightning.updates.micro_batches import micro_batches, portions
 from advdmd_lightning.updates.policy import passes, pathwise_losses, policy_losses, trajectory_advantages
 
 __all__ = [
@@ -28,9 +29,11 @@ __all__ = [
     "gradient_norm",
     "guidance_loss",
     "mean_over_processes",
+    "micro_batches",
     "passes",
     "pathwise_losses",
     "policy_losses",
+    "portions",
     "real_score_loss",
     "reward_metrics",
     "sample_metrics",

@@ -15,7 +15,7 @@ from advdmd_lightning.records import Condition, Trajectory
 from advdmd_lightning.settings import DiscriminatorSettings, DistillationSettings
 from advdmd_lightning.updates.critic import Critic
 from advdmd_lightning.updates.draws import draw_times, states_at
-from advdmd_lightning.updates.gradients import carry_gradient
+from advdmd_lightning.updates.gradients import surrogate_loss
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,16 @@ class GeneratorLoss:
         adversarial: (3.8), on re-noised predictions.
         last_step: (3.8), on the images with which the rollout would end; its gradient reaches predictions from the last
             state alone.
-        dmd_pull: squared norm of the weighed DMD term's gradient in the predictions, 0-d.
-        adversarial_pull: that of both weighed adversarial terms.
+        dmd_gradient_sq: squared norm of the weighed DMD term's gradient in the predictions, 0-d.
+        adversarial_gradient_sq: that of both weighed adversarial terms.
     """
 
     total: Tensor
     dmd: Tensor
     adversarial: Tensor
     last_step: Tensor
-    dmd_pull: Tensor
-    adversarial_pull: Tensor
+    dmd_gradient_sq: Tensor
+    adversarial_gradient_sq: Tensor
 
     def __add__(self, other: GeneratorLoss) -> GeneratorLoss:
         """Add the records of two parts."""
@@ -50,8 +50,8 @@ class GeneratorLoss:
             dmd=share * self.dmd,
             adversarial=share * self.adversarial,
             last_step=share * self.last_step,
-            dmd_pull=share**2 * self.dmd_pull,
-            adversarial_pull=share**2 * self.adversarial_pull,
+            dmd_gradient_sq=share**2 * self.dmd_gradient_sq,
+            adversarial_gradient_sq=share**2 * self.adversarial_gradient_sq,
         )
 
     def detach(self) -> GeneratorLoss:
@@ -59,9 +59,12 @@ class GeneratorLoss:
         return GeneratorLoss(*(getattr(self, f.name).detach() for f in fields(self)))
 
     @property
-    def pulls(self) -> dict[str, Tensor]:
+    def gradient_norms(self) -> dict[str, Tensor]:
         """Norms of the terms' weighed gradients in the predictions: what pulls how hard."""
-        return {"grad_norm/x0_dmd": self.dmd_pull.sqrt(), "grad_norm/x0_adversarial": self.adversarial_pull.sqrt()}
+        return {
+            "grad_norm/x0_dmd": self.dmd_gradient_sq.sqrt(),
+            "grad_norm/x0_adversarial": self.adversarial_gradient_sq.sqrt(),
+        }
 
 
 def generator_losses(
@@ -96,14 +99,14 @@ def generator_losses(
     if critic is not None and discriminator.weight:
         leaf = x_t.detach().requires_grad_(True)
         fake_velocity, features = critic.velocity_and_features(roles.fake_score, leaf, t, condition)
-        adversarial = carry_gradient(adversarial_loss(critic.heads(features)), leaf, x_t)
+        adversarial = surrogate_loss(adversarial_loss(critic.heads(features)), leaf, x_t)
     if critic is not None and discriminator.last_step:
         # of all samples, though only some are at the last step: which ones, differs between processes, and what runs
         # must not; K times, so that the expectation is a mean over those
         leaf = x0.detach().requires_grad_(True)
         judged = adversarial_loss(critic.logits(leaf, torch.zeros_like(t), condition))
         at_last = (step == trajectory.num_steps - 1).view(-1, 1, 1, 1)
-        last_step = carry_gradient(judged, leaf, trajectory.num_steps * torch.where(at_last, x0, x0.detach()))
+        last_step = surrogate_loss(judged, leaf, trajectory.num_steps * torch.where(at_last, x0, x0.detach()))
     if distillation.weight:
         if fake_velocity is None:
             with torch.no_grad():
@@ -119,8 +122,8 @@ def generator_losses(
         dmd=dmd,
         adversarial=adversarial,
         last_step=last_step,
-        dmd_pull=_squared_gradient(weighed_dmd, x0),
-        adversarial_pull=_squared_gradient(both, x0),
+        dmd_gradient_sq=_squared_gradient(weighed_dmd, x0),
+        adversarial_gradient_sq=_squared_gradient(both, x0),
     )
 
 

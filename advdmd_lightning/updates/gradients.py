@@ -37,8 +37,8 @@ def gradient_norm(gradients: Gradients) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def carry_gradient(loss: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
-    """Differentiate a loss up to one of its inputs, and hand the gradient on.
+def surrogate_loss(loss: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
+    """Differentiate a loss up to one of its inputs now, and return a loss that hands that gradient on.
 
     So a loss goes through a network whose own weights shall get no gradient: they stay trainable, which neither a
     sharded network nor a compiled one likes to have changed between passes.
@@ -54,7 +54,7 @@ def carry_gradient(loss: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
     Example:
         >>> x = torch.tensor(3.0, requires_grad=True)
         >>> leaf = x.detach().requires_grad_()
-        >>> carry_gradient(leaf ** 2, leaf, x).backward()
+        >>> surrogate_loss(leaf ** 2, leaf, x).backward()
         >>> x.grad
         tensor(6.)
     """

@@ -15,7 +15,7 @@ from advdmd_lightning.rewards.base import Reward, Rollout
 from advdmd_lightning.rollout import replay, split
 from advdmd_lightning.settings import GRPOSettings
 from advdmd_lightning.updates.critic import Critic
-from advdmd_lightning.updates.gradients import carry_gradient
+from advdmd_lightning.updates.gradients import surrogate_loss
 
 
 def trajectory_advantages(
@@ -100,4 +100,4 @@ def pathwise_losses(
             state = trajectory.states[k + 1, part].clone().requires_grad_(True)
             t = trajectory.times[k + 1].expand(len(state))
             reward = discriminator_score(critic.logits(state, t, trajectory.condition[part]))
-            yield carry_gradient(-reward.sum() / total, state, mean)
+            yield surrogate_loss(-reward.sum() / total, state, mean)

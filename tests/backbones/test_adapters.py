@@ -52,11 +52,8 @@ def as_copies(backbone, adapters: Adapters) -> Copies:
 def matrices(role):
     """An adapter's pairs of matrices by the layer's name."""
     state = dict(role.adapter.named_parameters())
-    paths = [name.removesuffix(f"/lora_A/{role.name}.weight") for name in state if "/lora_A/" in name]
-    return {
-        path.replace("/", "."): tuple(state[f"{path}/lora_{matrix}/{role.name}.weight"] for matrix in "AB")
-        for path in paths
-    }
+    paths = [name.removesuffix("/lora_A.weight") for name in state if name.endswith("/lora_A.weight")]
+    return {path.replace("/", "."): tuple(state[f"{path}/lora_{matrix}.weight"] for matrix in "AB") for path in paths}
 
 
 def generator_gradients(roles, inputs):
@@ -122,6 +119,23 @@ def test_compiled_blocks_keep_their_adapter(backbone, inputs, every):
             torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-5, atol=1e-5)
 
 
+def test_a_standalone_network_does_what_its_role_does(backbone, inputs):
+    roles = trained(backbone)
+    for role in (roles.generator, roles.fake_score, roles.teacher):
+        network = role.standalone()
+        torch.testing.assert_close(backbone.velocity(network, *inputs), role(*inputs), rtol=1e-5, atol=1e-5)
+        assert not any("lora" in name for name in network.state_dict())
+
+
+def test_prepare_compiles_blocks_before_it_checkpoints_them(backbone):
+    roles = Adapters(backbone, rank=RANK)
+    roles.prepare(NetworkSettings(compile=True, checkpoint_every=2))
+    compiled = [
+        hasattr(block.forward, "_torchdynamo_orig_callable") for block in backbone.blocks(roles.generator.network)
+    ]
+    assert compiled == [False, True, False, True]  # the others' compiled forward is inside their checkpoint
+
+
 def test_without_the_bound_context_the_gradients_are_wrong(backbone, inputs):
     """What the tests above would miss if the adapters were too alike, or nothing were computed again."""
     right, wrong = trained(backbone, checkpoint_every=1), trained(backbone)
@@ -184,6 +198,7 @@ def test_deepcopy_keeps_one_shared_network(backbone, inputs):
         ({"rank": 0}, "rank, alpha: expected a rank >= 1 and an alpha > 0, got 0"),
         ({"alpha": -1.0}, "got 32 and -1.0"),
         ({"targets": ["to_nothing"]}, "to_nothing.*layers that end in .*'to_q'"),
+        ({"targets": ["pos_embed.proj"]}, r"\['pos_embed.proj'\] name layers that are not linear: \['Conv2d'\]"),
     ],
 )
 def test_bad_arguments(backbone, arguments, message):

@@ -155,15 +155,25 @@ def test_a_later_checkpoint_replaces_it(tmp_path, trained):
 
 
 def test_begins_with_the_generator_of_a_checkpoint_without_it(tmp_path):
-    module = tiny_module()
-    fit(module, tmp_path, 2).save_checkpoint(tmp_path / "plain.ckpt")
-    fresh, ema = tiny_module(), GeneratorEMA()
+    module, path = tiny_module(), tmp_path / "plain.ckpt"
+    fit(module, tmp_path, 2).save_checkpoint(path)
+    predicting = tiny_module()
+    tiny_trainer(tmp_path, callbacks=[GeneratorEMA()]).predict(predicting, data_with_validation(), ckpt_path=path)
+    assert torch.equal(predicting.sample(CAPTIONS), draw(snapshot(module.generator)))
+
+    fresh, ema, weights = tiny_module(), GeneratorEMA(decay=0.5), Weights()
     with pytest.warns(UserWarning, match="has no average of the generator"):
-        tiny_trainer(tmp_path, callbacks=[ema]).predict(
-            fresh, data_with_validation(), ckpt_path=tmp_path / "plain.ckpt"
-        )
-    assert same(averaged(fresh), snapshot(module.generator))
-    assert ema.updates == 0
+        fit(fresh, tmp_path, 3, [ema, weights], ckpt_path=path)
+    assert ema.updates == 1
+    for name, value in averaged(fresh).items():  # one update with decay 1/10 from the checkpoint's weights
+        expected = 0.1 * snapshot(module.generator)[name] + 0.9 * weights.seen[0][name]
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_an_average_that_nobody_updates_is_warned_of(tmp_path, trained):
+    *_, path = trained
+    with pytest.warns(UserWarning, match="has an average of the generator, which this run does not go on with"):
+        fit(tiny_module(), tmp_path, 4, ckpt_path=path)
 
 
 def test_weights_of_another_generator_are_refused(tmp_path, trained):
