@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -90,12 +90,17 @@ def hush() -> None:
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")  # saved after the cycle
 
 
-def print_recipes() -> None:
+def print_recipes(args: Sequence[str] = ()) -> None:
     """Print each packaged recipe with the first comment line of its file."""
+    argparse.ArgumentParser("advdmd recipes", description="List the packaged recipes.").parse_args(args)
     names = recipe_names()
     width = max(map(len, names), default=0)
     for name in names:
         print(f"{name:{width}}  {recipe_summary(name)}")
+
+
+COMMANDS: Mapping[str, Callable[[list[str]], None]] = {"recipes": print_recipes}
+"""What is not a stage of Lightning: first word -> what takes the others."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -105,7 +110,7 @@ def main(args: list[str] | None = None) -> None:
         args: As for :func:`run`.
     """
     words = sys.argv[1:] if args is None else args
-    if words == ["recipes"]:
-        print_recipes()
+    if words and words[0] in COMMANDS:
+        COMMANDS[words[0]](words[1:])
     else:
         run(args if words else ["--help"])
