@@ -1,4 +1,4 @@
-"""The models inside this package, and what a name in a recipe stands for."""
+"""The models inside this package, what a name in a recipe stands for, and shapes of public models."""
 
 from __future__ import annotations
 
@@ -10,6 +10,34 @@ EMBEDDED = {
     "embedded://shapes-clip": ("shapes/clip", "config.json"),
 }
 """Name -> folder below the package, and the file in it by which a complete one is known."""
+
+ARCHITECTURES = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": "stable-diffusion-3-medium",
+    "stabilityai/stable-diffusion-3.5-medium": "stable-diffusion-3.5-medium",
+}
+"""Hub id -> folder of its pipeline's configurations below ``architectures``: what a plan needs to know of it."""
+
+
+def architecture(pretrained: str, key: str) -> str:
+    """Turn a name into a folder or hub id that has at least the pipeline's configurations.
+
+    Args:
+        pretrained: As for :func:`locate`.
+        key: As for :func:`locate`.
+
+    Returns:
+        For a public model in :data:`ARCHITECTURES` a folder of this package, otherwise what :func:`locate` returns.
+
+    Raises:
+        ValueError: As :func:`locate`.
+
+    Example:
+        >>> architecture("owner/name", "pretrained")
+        'owner/name'
+    """
+    if pretrained not in ARCHITECTURES:
+        return locate(pretrained, key)
+    return str(resources.files("advdmd_lightning").joinpath("architectures", ARCHITECTURES[pretrained]))
 
 
 def locate(pretrained: str, key: str) -> str:

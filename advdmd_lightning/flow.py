@@ -244,28 +244,25 @@ class Transition(ABC):
             Mean, (B, C, H, W), and std.
         """
 
-    def stochastic(self, t: Time, t_next: Time) -> bool:
-        """Whether any sample of the step draws noise.
-
-        >>> Renoising().stochastic(1.0, 0.5), Renoising().stochastic(0.5, 0.0), ODE().stochastic(1.0, 0.5)
-        (True, False, False)
-        """
-        state = torch.zeros(max(torch.as_tensor(time).numel() for time in (t, t_next)), 1)
-        return bool((self(state, state, t, t_next).std > 0).any())
+    @property
+    @abstractmethod
+    def draws_noise(self) -> bool:
+        """Whether steps to t_next > 0 draw noise."""
 
     def stochastic_steps(self, grid: Tensor) -> tuple[bool, ...]:
-        """`stochastic` for each of the K steps of a grid, (K + 1,).
+        """Whether each of the K steps of a grid, (K + 1,) times down to 0, draws noise.
 
         >>> CoefficientPreserving().stochastic_steps(few_step_grid(4, shift=3.0))
         (True, True, True, False)
         """
-        times = grid.tolist()
-        return tuple(self.stochastic(t, t_next) for t, t_next in zip(times, times[1:], strict=False))
+        return (self.draws_noise,) * (len(grid) - 2) + (False,)
 
 
 @dataclass(frozen=True)
 class ODE(Transition):
     """Euler step of the probability flow, `x_t + (t_next - t) * velocity`, never stochastic (R)."""
+
+    draws_noise = False
 
     def __call__(self, x_t: Tensor, velocity: Tensor, t: Time, t_next: Time) -> Gaussian:
         """See `Transition.__call__`.
@@ -293,6 +290,11 @@ class FlowSDE(Transition):
         """Check the setting."""
         if not self.eta >= 0:
             raise ValueError(f"`transition.init_args.eta` of FlowSDE must be at least 0, got {self.eta}; 0.7 is usual.")
+
+    @property
+    def draws_noise(self) -> bool:
+        """See `Transition.draws_noise`."""
+        return self.eta > 0
 
     def __call__(self, x_t: Tensor, velocity: Tensor, t: Time, t_next: Time) -> Gaussian:
         """See `Transition.__call__`. At t = 1, where sigma is infinite, t_next stands in for t in `1 - t` (R).
@@ -327,6 +329,11 @@ class CoefficientPreserving(Transition):
                 f"`transition.init_args.eta` of CoefficientPreserving must be in [0, 1], got {self.eta}:"
                 " 0 keeps the noise of the state, 1 replaces all of it."
             )
+
+    @property
+    def draws_noise(self) -> bool:
+        """See `Transition.draws_noise`."""
+        return self.eta > 0
 
     def __call__(self, x_t: Tensor, velocity: Tensor, t: Time, t_next: Time) -> Gaussian:
         """See `Transition.__call__`.

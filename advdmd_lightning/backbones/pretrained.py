@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 from packaging.version import Version
@@ -26,6 +27,17 @@ def without_notices() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make what is built inside of this dtype; a later ``.to`` would need both in memory."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def read_index(pretrained: str, revision: str | None, expected: str) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from advdmd_lightning.backbones.base import Backbone
-from advdmd_lightning.backbones.pretrained import DTYPE_ARGUMENT, KEY, read_index, without_notices
+from advdmd_lightning.backbones.pretrained import DTYPE_ARGUMENT, KEY, default_dtype, read_index, without_notices
 from advdmd_lightning.backbones.taps import check_blocks, tap
-from advdmd_lightning.embedded import locate
+from advdmd_lightning.embedded import architecture, locate
 from advdmd_lightning.equations import at_least_float32
 from advdmd_lightning.records import Condition
 
@@ -27,13 +27,21 @@ with without_notices():
         SD3Transformer2DModel,
         StableDiffusion3Pipeline,
     )
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
+ENCODERS: dict[str, Any] = {
+    "text_encoder": CLIPTextModelWithProjection,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "text_encoder_3": T5EncoderModel,
+}
 LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0"),
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     *("net.0.proj", "net.2"),
 )
 FrozenDtype = Literal["float32", "bfloat16", "float16"]
+CLIP_TOKENS = 77
+"""Places for text in front of T5's, whichever encoders are loaded (diffusers' default of ``tokenizer_max_length``)."""
 
 
 class SD3Backbone(Backbone):
@@ -49,6 +57,8 @@ class SD3Backbone(Backbone):
         shift: Time shift of the sampling grid, > 0; None takes the scheduler's.
         dtype: Precision of everything frozen: text encoders, VAE, teacher. What trains is kept in float32; to compute
             it in bfloat16 set ``trainer.precision: bf16-mixed``.
+        weights: ``pretrained``, or ``random``, for measurements: only configurations are read, of the models in
+            ``embedded.ARCHITECTURES`` those in this package, and all text embeddings are zeros.
 
     Raises:
         ValueError: ``pretrained`` is not an SD3 pipeline, or ``resolution`` does not fit it, or no shift is known.
@@ -65,11 +75,13 @@ class SD3Backbone(Backbone):
         load_t5: bool = True,
         shift: float | None = None,
         dtype: FrozenDtype = "float32",
+        weights: Literal["pretrained", "random"] = "pretrained",
     ) -> None:
-        source = locate(pretrained, KEY)
+        source = locate(pretrained, KEY) if weights == "pretrained" else architecture(pretrained, KEY)
         index = read_index(source, revision, StableDiffusion3Pipeline.__name__)
         with_t5 = load_t5 and index["text_encoder_3"][0] is not None
-        pipeline = _load_pipeline(source, revision, with_t5, getattr(torch, dtype))
+        load = _load_pipeline if weights == "pretrained" else _random_pipeline
+        pipeline = load(source, revision, with_t5, getattr(torch, dtype))
         config = pipeline.transformer.config
         side = resolution or config.sample_size * pipeline.vae_scale_factor
         _check_resolution(side, config, pipeline.vae_scale_factor)
@@ -82,7 +94,7 @@ class SD3Backbone(Backbone):
             feature_channels=config.num_attention_heads * config.attention_head_dim,
             dtype=getattr(torch, dtype),
         )
-        self.max_sequence_length = max_sequence_length
+        self.max_sequence_length, self.weights = max_sequence_length, weights
         self._source = {"pretrained_model_name_or_path": source, "revision": revision}
         self._pipeline = pipeline
         self._patch_size: int = config.patch_size
@@ -99,6 +111,11 @@ class SD3Backbone(Backbone):
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Condition:
         """Encode captions as the stock pipeline does; see the base class."""
+        if self.weights == "random":
+            config, length = self._pipeline.transformer.config, CLIP_TOKENS + self.max_sequence_length
+            embeds = torch.zeros(len(captions), length, config.joint_attention_dim, dtype=self.dtype)
+            pooled = embeds.new_zeros(len(captions), config.pooled_projection_dim)
+            return Condition(embeds=embeds, pooled=pooled).to(self.device)
         with self._own_precision():
             embeds, _, pooled, _ = self._pipeline.encode_prompt(
                 prompt=list(captions),
@@ -131,6 +148,10 @@ class SD3Backbone(Backbone):
 
         Reading it again for each role keeps no spare copy in memory.
         """
+        if self.weights == "random":
+            with torch.random.fork_rng(devices=()), default_dtype(dtype):
+                torch.manual_seed(0)
+                return SD3Transformer2DModel.from_config(self._pipeline.transformer.config)
         return SD3Transformer2DModel.from_pretrained(**self._source, subfolder="transformer", **{DTYPE_ARGUMENT: dtype})
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -193,6 +214,29 @@ def _load_pipeline(source: str, revision: str | None, with_t5: bool, dtype: torc
     if not with_t5:
         arguments.update(text_encoder_3=None, tokenizer_3=None)
     return StableDiffusion3Pipeline.from_pretrained(source, **arguments)
+
+
+def _random_pipeline(source: str, revision: str | None, with_t5: bool, dtype: torch.dtype) -> StableDiffusion3Pipeline:
+    """Build a pipeline from configurations alone, without tokenizers."""
+    where = {"pretrained_model_name_or_path": source, "revision": revision}
+    config = SD3Transformer2DModel.load_config(**where, subfolder="transformer")
+    with torch.device("meta"):
+        skeleton = SD3Transformer2DModel.from_config(config)
+    encoders: dict[str, Any] = {"text_encoder_3": None}
+    with default_dtype(dtype):
+        for name, kind in ENCODERS.items():
+            if with_t5 or name != "text_encoder_3":
+                encoders[name] = kind(kind.config_class.from_pretrained(source, revision=revision, subfolder=name))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(**where, subfolder="vae"))
+    return StableDiffusion3Pipeline(
+        transformer=skeleton,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(**where, subfolder="scheduler"),
+        tokenizer=None,
+        tokenizer_2=None,
+        tokenizer_3=None,
+        **encoders,
+    )
 
 
 def _check_resolution(side: int, config: Any, vae_scale: int) -> None:
