@@ -1,7 +1,8 @@
 """The ``advdmd`` command: a stock ``LightningCLI`` over the module, the data module and the packaged recipes.
 
 ``advdmd fit --config NAME_OR_FILE [--any.key value ...]``, likewise ``validate``, ``test`` and ``predict``;
-``advdmd recipes`` lists the packaged recipes. Keys that no class asks for are errors.
+``advdmd recipes`` lists the packaged recipes; ``advdmd plan`` says what one needs of each GPU. Keys that no class asks
+for are errors.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import diffusers
 import lightning as L
 import transformers
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import advdmd_lightning.callbacks  # noqa: F401  (recipes may name the callbacks by class alone)
 from advdmd_lightning.data import ImageCaptionDataModule
 from advdmd_lightning.module import AdvDMDModule
+from advdmd_lightning.planning import command as planning
 from advdmd_lightning.recipes import recipe_names, recipe_summary, resolve_config
 
 _DESCRIPTION = "AdvDMD: few-step students of text-to-image flow models. `advdmd recipes` lists the packaged recipes."
@@ -99,7 +102,49 @@ def print_recipes(args: Sequence[str] = ()) -> None:
         print(f"{name:{width}}  {recipe_summary(name)}")
 
 
-COMMANDS: Mapping[str, Callable[[list[str]], None]] = {"recipes": print_recipes}
+class _Reader(AdvDMDCLI):
+    """Parses a command line and makes nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Leave that to others."""
+
+
+def read(words: list[str]) -> tuple[Namespace, Callable[[Namespace], AdvDMDModule]]:
+    """Parse the words of ``fit``.
+
+    Args:
+        words: after ``advdmd fit``.
+
+    Returns:
+        The configuration, and what makes the module of one like it, and only the module.
+
+    Raises:
+        SystemExit: if the words cannot be parsed.
+    """
+    hush()
+    reader = _Reader(
+        AdvDMDModule,
+        ImageCaptionDataModule,
+        args=words,
+        run=False,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+    )
+
+    of_module = LightningArgumentParser()
+    of_module.add_lightning_class_args(AdvDMDModule, "model")
+
+    def build(config: Namespace) -> AdvDMDModule:
+        module: AdvDMDModule = of_module.instantiate_classes(Namespace(model=config.model)).model
+        return module
+
+    return reader.config, build
+
+
+COMMANDS: Mapping[str, Callable[[list[str]], None]] = {
+    "recipes": print_recipes,
+    "plan": partial(planning.main, read=read),
+}
 """What is not a stage of Lightning: first word -> what takes the others."""
 
 

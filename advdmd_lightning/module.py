@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -197,15 +199,24 @@ class AdvDMDModule(FewStepSampling):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Run one cycle: encode, simulate once, update the guidance, update the generator, log."""
         started = time.perf_counter()
-        real, condition, captions = self._encode(batch)
+        with self._phase("encode"):
+            real, condition, captions = self._encode(batch)
         trained_steps = self._trained_steps()
-        rollout = self._simulate(condition, trained_steps)
+        with self._phase("rollout"):
+            rollout = self._simulate(condition, trained_steps)
         draws = self._draws("updates", min(len(condition), rollout.batch_size))
         samples = spread(rollout, draws)
-        metrics = self._update_guidance(samples, real, condition, draws)
-        metrics |= self._update_generator(samples, rollout, trained_steps, captions, draws)
+        with self._phase("guidance"):
+            metrics = self._update_guidance(samples, real, condition, draws)
+        with self._phase("generator"):
+            metrics |= self._update_generator(samples, rollout, trained_steps, captions, draws)
         metrics |= sample_metrics(rollout, real)
         self._report(metrics, samples_per_second=rollout.batch_size / (time.perf_counter() - started))
+
+    def _phase(self, name: str) -> AbstractContextManager[str]:
+        """Tell Lightning's profiler what is running."""
+        profiler: Profiler = self.trainer.profiler  # type: ignore[attr-defined]  # set outside of Trainer's own code
+        return profiler.profile(name)
 
     def _draws(self, purpose: str, count: int) -> Draws:
         """Streams of this process's samples, fixed by seed, step, purpose and their places in the global batch."""
@@ -285,9 +296,10 @@ class AdvDMDModule(FewStepSampling):
                     optimizer.optimizer.step()
                     optimizer.optimizer.zero_grad()
         loss_on_real = torch.zeros((), device=self.device)
-        for part, share in micro_batches(slice(0, len(draws)), self.networks.micro_batch):
-            network, words = self.roles.fake_score, condition[part]
-            loss_on_real += share * real_score_loss(network, real[part], words, self.distillation, draws[part])
+        with self._phase("health"):
+            for part, share in micro_batches(slice(0, len(draws)), self.networks.micro_batch):
+                network, words = self.roles.fake_score, condition[part]
+                loss_on_real += share * real_score_loss(network, real[part], words, self.distillation, draws[part])
         return metrics.means | accuracy_metrics(judged) | {"loss/fake_score_on_real": loss_on_real}
 
     def _backward_guidance(
@@ -333,7 +345,7 @@ class AdvDMDModule(FewStepSampling):
         whole: Loss | None = None
         for number, loss in enumerate(losses, start=1):
             for network in trained:
-                synchronize(network, number == count)
+                synchronize(network, number == count or self.networks.reduce_every_pass)
             self.manual_backward(total(loss))
             whole = loss.detach() if whole is None else whole + loss.detach()
         assert whole is not None, "a batch has samples, and a policy a stochastic step"
@@ -353,7 +365,8 @@ class AdvDMDModule(FewStepSampling):
         portion, *_ = portions(len(draws), self.guidance)
         metrics = self._backward_prediction(samples.select(portion), draws[portion])
         if self.grpo_weight:
-            metrics |= self._backward_policy(rollout, trained_steps, captions)
+            with self._phase("policy"):
+                metrics |= self._backward_policy(rollout, trained_steps, captions)
         metrics["grpo/gate"] = torch.tensor(self.grpo_gate if self.grpo.weight else 0.0)
         metrics["grad_norm/generator"] = self._clip("generator", parameters, self.clip.generator)
         optimizer.step()

@@ -170,11 +170,14 @@ class NetworkSettings:
         micro_batch: samples per pass of the rollout, the guidance updates and the generator's distillation, an even
             number (neighbours swap captions for ``discriminator.mismatched``); their gradients add up to the batch's.
             null = all at once. The policy's passes have ``grpo.micro_batch``.
+        reduce_every_pass: sum sharded gradients over the processes after every micro-batch, and keep only this
+            process's part; false = once, after the last one, with all of the network's gradients kept until then.
     """
 
     checkpoint_every: int | None = None
     compile: bool = False
     micro_batch: int | None = None
+    reduce_every_pass: bool = False
 
     def __post_init__(self) -> None:
         """Check the range."""

@@ -37,7 +37,30 @@ COMPUTE_DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16}
 NAMES: dict[str, ShardOver] = {"fsdp2": "all", "hsdp": "node", "replicate": "none"}
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class Sharding:
+    """What the module asks of a strategy that has it shard its networks.
+
+    Attributes:
+        mesh: Two-dimensional, ``replicate`` and ``shard``.
+    """
+
+    mesh: DeviceMesh
+
+
+def make_mesh(device: str, shard_over: ShardOver, nodes: int, processes: int) -> DeviceMesh:
+    """Lay processes out: as many rows as replicas, as many columns as shards.
+
+    Args:
+        device: Type of the processes' devices.
+        shard_over: Over which processes each weight is cut.
+        nodes: How many nodes.
+        processes: Of each node.
+    """
+    shards = {"all": nodes * processes, "node": processes, "none": 1}[shard_over]
+    return init_device_mesh(device, (nodes * processes // shards, shards), mesh_dim_names=("replicate", "shard"))
+
+
+class FSDP2Strategy(Sharding, ModelParallelStrategy):
     """FSDP2 over all processes, within nodes, or not at all; ``AdvDMDModule.configure_model`` applies it.
 
     Args:
@@ -46,12 +69,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: Checkpoints are folders into which every process writes its shards; False writes
             one file, gathered on the first process.
         arguments: Further arguments of ``ModelParallelStrategy``.
-
-    Attributes:
-        mesh: Two-dimensional, ``replicate`` and ``shard``.
     """
-
-    mesh: DeviceMesh
 
     def __init__(
         self, shard_over: ShardOver = "all", save_distributed_checkpoint: bool = True, **arguments: Any
@@ -64,10 +82,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         world = self.num_nodes * self.num_processes
         self._data_parallel_size, self._tensor_parallel_size = world, 1
         super().setup_environment()
-        shards = {"all": world, "node": self.num_processes, "none": 1}[self.shard_over]
-        self.mesh = init_device_mesh(
-            self.root_device.type, (world // shards, shards), mesh_dim_names=("replicate", "shard")
-        )
+        self.mesh = make_mesh(self.root_device.type, self.shard_over, self.num_nodes, self.num_processes)
 
     def setup(self, trainer: L.Trainer) -> None:
         """Keep Lightning from evaluating in inference mode, in which FSDP2 cannot make its tensors."""
@@ -182,7 +197,7 @@ def sharding_mesh(strategy: Strategy) -> DeviceMesh | None:
     Raises:
         ValueError: The strategy cannot train several networks in one step; the message says which can.
     """
-    if isinstance(strategy, FSDP2Strategy):
+    if isinstance(strategy, Sharding):
         return strategy.mesh if strategy.mesh["shard"].size() < strategy.mesh.size() else strategy.mesh["shard"]
     unused = isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("find_unused_parameters", False)
     if isinstance(strategy, SingleDeviceStrategy) or unused:

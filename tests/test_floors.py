@@ -42,7 +42,7 @@ FLOORS = {
     "evaluation": 3,
     "module": 4,
     "export": 5,
-    "plan": 5,
+    "planning": 5,
     "callbacks": 5,
     "": 5,  # the package itself, which offers the public names
     # The entry points, the only files that know that all the others exist.

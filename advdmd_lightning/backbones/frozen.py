@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ class HoldsFrozen(nn.Module):
         module.requires_grad_(False).eval()
         object.__setattr__(self, name, module)  # past nn.Module.__setattr__, which would register it
         self._held.append(module)
+
+    def modules_held(self) -> Sequence[nn.Module]:
+        """Return what is held."""
+        return tuple(self._held)
 
     def _apply(self: Holder, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Holder:
         for module in self._held:

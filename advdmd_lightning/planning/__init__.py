@@ -1,0 +1,1 @@
+"""Before renting GPUs: what a recipe needs of each."""

@@ -1,0 +1,163 @@
+"""``advdmd plan``: what a recipe needs of each GPU, before one is rented."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from advdmd_lightning.module import AdvDMDModule
+from advdmd_lightning.planning.plan import CARDS, Plan, Settings, make_plan
+from advdmd_lightning.planning.rehearsal import World
+from advdmd_lightning.planning.report import describe
+from advdmd_lightning.strategies import COMPUTE_DTYPES, NAMES, FSDP2Strategy
+
+Read = Callable[[list[str]], tuple[Namespace, Callable[[Namespace], AdvDMDModule]]]
+"""Parses the words of ``fit``, and returns the configuration and what makes its module."""
+
+CHANGES = (
+    ("--model.networks.checkpoint_every=1",),
+    ("--model.networks.micro_batch=8", "--model.grpo.micro_batch=8"),
+    ("--trainer.strategy=fsdp2", "--model.networks.reduce_every_pass=true"),
+    ("--model.networks.micro_batch=2", "--model.grpo.micro_batch=2"),
+    ("--model.roles=advdmd_lightning.backbones.Adapters",),
+)
+"""What to change, each on top of those before, until a recipe fits: what costs least first (O)."""
+
+
+def main(words: Sequence[str], read: Read) -> None:
+    """Print a plan.
+
+    Args:
+        words: of the command line after ``advdmd plan``.
+        read: parser of the command line of ``fit``.
+
+    Raises:
+        SystemExit: if the words cannot be parsed, or the recipe cannot be planned.
+    """
+    parser = argparse.ArgumentParser(
+        "advdmd plan",
+        description="Rehearse cycles of a recipe on tensors without storage, and print what each GPU needs. All options "
+        "of `advdmd fit` go too. Text encoders' activations and models of image rewards are not counted.",
+    )
+    parser.add_argument("--devices", type=int, help="GPUs of a node; by default the recipe's")
+    parser.add_argument("--nodes", type=int, help="nodes; by default the recipe's")
+    parser.add_argument(
+        "--card", type=int, choices=sorted(CARDS), default=80, help="GB of the card that it shall fit on"
+    )
+    known, rest = parser.parse_known_args(words)
+    overrides = [f"--trainer.devices={known.devices}"] * (known.devices is not None)
+    overrides += [f"--trainer.num_nodes={known.nodes}"] * (known.nodes is not None)
+    try:
+        with _quiet():
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            plan = plan_of([*rest, *overrides], read)
+            print(describe(plan))
+            if not plan.fits(known.card):
+                print(f"\n{_remedy(plan, known.card, [*rest, *overrides], read)}")
+    except ValueError as error:
+        sys.exit(f"advdmd plan: {error}")
+
+
+def plan_of(words: list[str], read: Read) -> Plan:
+    """Return the plan of a command line of ``fit``.
+
+    Raises:
+        ValueError: the recipe cannot be planned; the message says why.
+    """
+    config, build = read(words)
+    model, data = config.model, config.data
+    backbone = model.backbone.init_args
+    if "weights" not in backbone:
+        raise ValueError(
+            f"model.backbone is {model.backbone.class_path}, which has no `weights: random` for networks without a "
+            "checkpoint; a plan needs that"
+        )
+    backbone.weights = "random"
+    micro_batch, callbacks = model.networks.micro_batch, config.trainer.callbacks or []
+    settings = Settings(
+        name=Path(str(config.config[0])).stem if config.get("config") else "recipe",
+        world=_world(config.trainer),
+        batch=data.batch_size,
+        groups=(model.grpo.groups or data.batch_size) if model.grpo.weight else 0,
+        group_size=model.grpo.group_size,
+        micro_batch=micro_batch,
+        policy_micro_batch=model.grpo.micro_batch,
+        guidance_updates=model.guidance.updates,
+        disjoint=model.guidance.disjoint,
+        averages=any(each.class_path.endswith("GeneratorEMA") for each in callbacks),
+        every=next((each.init_args.every for each in callbacks if each.class_path.endswith("GRPOWarmup")), 1),
+        build=lambda rollout: build(_rehearsed(config, rollout)),
+    )
+    return make_plan(settings)
+
+
+def _world(trainer: Namespace) -> World:
+    """The processes that a recipe asks for."""
+    devices, nodes, strategy = trainer.devices, trainer.num_nodes, trainer.strategy
+    if not isinstance(devices, int | str) or not str(devices).isdigit():
+        raise ValueError(f"trainer.devices is {devices!r}: give a number, such as --devices 8")
+    precision = str(trainer.precision or "32-true")
+    if precision not in COMPUTE_DTYPES:
+        raise ValueError(f"trainer.precision is {precision!r}: a plan knows {sorted(COMPUTE_DTYPES)}")
+    name = strategy if isinstance(strategy, str) else strategy.class_path
+    if name in NAMES:
+        shard_over = NAMES[name]
+    elif name.endswith(FSDP2Strategy.__name__):
+        shard_over = strategy.init_args.shard_over
+    elif name == "auto" and int(devices) * nodes > 1:
+        raise ValueError(f"trainer.strategy is auto for several processes: choose one of {', '.join(NAMES)}")
+    else:
+        shard_over = None
+    return World(int(devices), nodes, shard_over, precision)
+
+
+def _rehearsed(config: Namespace, rollout: int) -> Namespace:
+    """The configuration of a rehearsal: one group, one guidance update, no model of a reward."""
+    config = config.clone()
+    model = config.model
+    model.guidance.updates, model.guidance.disjoint = 1, False
+    if model.grpo.weight:
+        model.grpo.groups, model.grpo.group_size = 1, rollout
+    for reward in model.rewards or []:
+        if reward.class_path != "advdmd_lightning.rewards.DiscriminatorReward":
+            reward.class_path = "advdmd_lightning.rewards.ImageReward"
+            reward.init_args = Namespace(function="advdmd_lightning.rewards.brightness")
+    model.metrics = None
+    return config
+
+
+def _remedy(plan: Plan, card: int, words: list[str], read: Read) -> str:
+    """The nearest change that fits, in words."""
+    changes: list[str] = []
+    for change in CHANGES:
+        changes += change
+        world = plan.settings.world
+        if "--trainer.strategy=fsdp2" in change and world.size == 1:
+            changes = changes[: -len(change)]
+            continue
+        changed = plan_of([*words, *changes], read)
+        print(f"... {changed.gib:.1f} GiB with {' '.join(changes)}", file=sys.stderr)
+        if changed.fits(card):
+            return f"To fit on {card} GB ({changed.gib:.1f} GiB): {' '.join(changes)}"
+    return (
+        f"No change of passes or of the roles' form fits on {card} GB: take more GPUs with fsdp2, larger ones, or a "
+        "smaller resolution"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the Trainer's notices of a rehearsal to itself."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
