@@ -43,8 +43,8 @@ def main(words: Sequence[str], read: Read) -> None:
     """
     parser = argparse.ArgumentParser(
         "advdmd plan",
-        description="Rehearse cycles of a recipe on tensors without storage, and print what each GPU needs. All options "
-        "of `advdmd fit` go too. Text encoders' activations and models of image rewards are not counted.",
+        description="Rehearse cycles of a recipe on tensors without storage, and print what each GPU needs. All "
+        "options of `advdmd fit` go too. Text encoders' activations and models of image rewards are not counted.",
     )
     parser.add_argument("--devices", type=int, help="GPUs of a node; by default the recipe's")
     parser.add_argument("--nodes", type=int, help="nodes; by default the recipe's")
