@@ -122,6 +122,7 @@ def read(words: list[str]) -> tuple[Namespace, Callable[[Namespace], AdvDMDModul
         SystemExit: if the words cannot be parsed.
     """
     hush()
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # ours, not those of the process
     reader = _Reader(
         AdvDMDModule,
         ImageCaptionDataModule,

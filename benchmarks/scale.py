@@ -1,8 +1,8 @@
 """What a cycle of a large model costs: seconds, memory and arithmetic, measured, beside what ``advdmd plan`` says.
 
 With a GPU: the architecture of SD3.5-medium at 512 x 512 with random weights, in bfloat16. Without one: the same
-architecture cut down, in float32, which tests the planner and says nothing of GPUs. Each measurement is a process of its
-own.
+architecture cut down, in float32, which tests the planner and says nothing of GPUs. Each measurement is a process of
+its own.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ COMMON = [
     "--model.backbone.init_args.weights=random",
     "--model.grpo.groups=1",
     "--model.grpo.group_size=16",
-    "--model.generator_optimizer.init_args.fused=false",
-    "--model.fake_score_optimizer.init_args.fused=false",
-    "--model.discriminator_optimizer.init_args.fused=false",
 ]
 ON_GPU = [
     f"--model.backbone.init_args.pretrained={PRETRAINED}",
-    "--model.backbone.init_args={resolution: 512, max_sequence_length: 256, load_t5: false, dtype: bfloat16}",
+    "--model.backbone.init_args.resolution=512",
+    "--model.backbone.init_args.max_sequence_length=256",
+    "--model.backbone.init_args.load_t5=false",
+    "--model.backbone.init_args.dtype=bfloat16",
     "--trainer.precision=bf16-mixed",
     "--data.batch_size=16",
     "--model.networks.micro_batch=8",
@@ -190,13 +190,14 @@ def _share(plan: Plan, gate: bool, seconds: float, rate: float) -> float:
 
 
 def _table(results: dict[str, dict[str, float]]) -> str:
-    head = "| roles | s / update | s / with GRPO | of the matrix product | with GRPO | peak, GiB | planned, GiB | planned / peak |"
+    columns = ["roles", "s / update", "with GRPO", "share of the matrix product's rate", "with GRPO"]
+    columns += ["peak, GiB", "planned, GiB", "planned / peak"]
     rows = [
         f"| {form} | {r['seconds']:.2f} | {r['seconds_grpo']:.2f} | {r['share']:.0%} | {r['share_grpo']:.0%} "
         f"| {r['peak']:.2f} | {r['planned']:.2f} | {r['planned'] / r['peak']:.2f} |"
         for form, r in results.items()
     ]
-    return "\n".join([head, "|---|" + "---:|" * 7, *rows])
+    return "\n".join([f"| {' | '.join(columns)} |", "|---|" + "---:|" * 7, *rows])
 
 
 def _small(folder: Path) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +55,6 @@ def main(words: Sequence[str], read: Read) -> None:
     overrides += [f"--trainer.num_nodes={known.nodes}"] * (known.nodes is not None)
     try:
         with _quiet():
-            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
             plan = plan_of([*rest, *overrides], read)
             print(describe(plan))
             if not plan.fits(known.card):
@@ -71,7 +69,19 @@ def plan_of(words: list[str], read: Read) -> Plan:
     Raises:
         ValueError: the recipe cannot be planned; the message says why.
     """
-    config, build = read(words)
+    return make_plan(settings_of(*read(words)))
+
+
+def settings_of(config: Namespace, build: Callable[[Namespace], AdvDMDModule]) -> Settings:
+    """Return what a plan needs to know of a configuration.
+
+    Args:
+        config: of a command line of ``fit``.
+        build: makes the module of one like it.
+
+    Raises:
+        ValueError: it cannot be planned.
+    """
     model, data = config.model, config.data
     backbone = model.backbone.init_args
     if "weights" not in backbone:
@@ -81,7 +91,7 @@ def plan_of(words: list[str], read: Read) -> Plan:
         )
     backbone.weights = "random"
     micro_batch, callbacks = model.networks.micro_batch, config.trainer.callbacks or []
-    settings = Settings(
+    return Settings(
         name=Path(str(config.config[0])).stem if config.get("config") else "recipe",
         world=_world(config.trainer),
         batch=data.batch_size,
@@ -95,7 +105,6 @@ def plan_of(words: list[str], read: Read) -> Plan:
         every=next((each.init_args.every for each in callbacks if each.class_path.endswith("GRPOWarmup")), 1),
         build=lambda rollout: build(_rehearsed(config, rollout)),
     )
-    return make_plan(settings)
 
 
 def _world(trainer: Namespace) -> World:

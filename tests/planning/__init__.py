@@ -1,0 +1,1 @@
+"""Tests of ``advdmd_lightning.planning``."""
