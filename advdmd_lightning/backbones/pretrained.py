@@ -1,4 +1,4 @@
-"""Whether a pretrained pipeline is of the right family."""
+"""Pretrained pipelines: of the right family, loaded without their transformer, and the shift that they sample with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import diffusers
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from huggingface_hub.errors import HFValidationError
 from packaging.version import Version
 from transformers.utils import logging as transformers_logging
@@ -57,3 +58,48 @@ def read_index(pretrained: str, revision: str | None, expected: str) -> dict[str
             "in backbone.class_path, or another checkpoint."
         )
     return index
+
+
+def load_around_skeleton(
+    pipeline: type[DiffusionPipeline],
+    transformer: type[ModelMixin],
+    source: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    **components: Any,
+) -> Any:
+    """Load a stock pipeline around a transformer without storage: the stock text code reads only its config.
+
+    Args:
+        pipeline: The pipeline's class.
+        transformer: Its transformer's class.
+        source: A folder or hub id, as ``embedded.locate`` returns it.
+        revision: Branch, tag or commit of a hub id.
+        dtype: Precision of what is loaded.
+        components: Other components that take the place of the checkpoint's own; None leaves one out.
+
+    Returns:
+        The pipeline.
+    """
+    config = transformer.load_config(source, subfolder="transformer", revision=revision)
+    with torch.device("meta"):
+        skeleton = transformer.from_config(config)
+    arguments = {"revision": revision, "transformer": skeleton, DTYPE_ARGUMENT: dtype, **components}
+    return pipeline.from_pretrained(source, **arguments)
+
+
+def sampling_shift(shift: float | None, scheduler: FlowMatchEulerDiscreteScheduler) -> float:
+    """Return the time shift of the sampling grid: the given one, or the scheduler's.
+
+    Raises:
+        ValueError: None is given and the scheduler's depends on the image size, or it is not > 0.
+    """
+    if shift is None and scheduler.config.use_dynamic_shifting:
+        raise ValueError(
+            "backbone.init_args.shift: this checkpoint's scheduler computes its shift from the image size, so none can "
+            "be taken from it. Set a number, for instance 3.0."
+        )
+    value = scheduler.shift if shift is None else shift
+    if value <= 0:
+        raise ValueError(f"backbone.init_args.shift: expected a number > 0 (1 = no shift), got {value}. Try 3.0.")
+    return float(value)

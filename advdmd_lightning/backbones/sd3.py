@@ -14,8 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from advdmd_lightning.backbones.base import Backbone
-from advdmd_lightning.backbones.pretrained import DTYPE_ARGUMENT, KEY, read_index, without_notices
-from advdmd_lightning.backbones.taps import check_blocks, tap
+from advdmd_lightning.backbones.pretrained import (
+    DTYPE_ARGUMENT,
+    KEY,
+    load_around_skeleton,
+    read_index,
+    sampling_shift,
+    without_notices,
+)
+from advdmd_lightning.backbones.taps import check_blocks, feature_map, tap
 from advdmd_lightning.embedded import locate
 from advdmd_lightning.equations import at_least_float32
 from advdmd_lightning.records import Condition
@@ -69,7 +76,10 @@ class SD3Backbone(Backbone):
         source = locate(pretrained, KEY)
         index = read_index(source, revision, StableDiffusion3Pipeline.__name__)
         with_t5 = load_t5 and index["text_encoder_3"][0] is not None
-        pipeline = _load_pipeline(source, revision, with_t5, getattr(torch, dtype))
+        absent = {} if with_t5 else {"text_encoder_3": None, "tokenizer_3": None}
+        pipeline: StableDiffusion3Pipeline = load_around_skeleton(
+            StableDiffusion3Pipeline, SD3Transformer2DModel, source, revision, getattr(torch, dtype), **absent
+        )
         config = pipeline.transformer.config
         side = resolution or config.sample_size * pipeline.vae_scale_factor
         _check_resolution(side, config, pipeline.vae_scale_factor)
@@ -77,7 +87,7 @@ class SD3Backbone(Backbone):
         super().__init__(
             latent_shape=(config.in_channels, latent_side, latent_side),
             image_size=side,
-            shift=_sampling_shift(shift, pipeline.scheduler),
+            shift=sampling_shift(shift, pipeline.scheduler),
             num_blocks=config.num_layers,
             feature_channels=config.num_attention_heads * config.attention_head_dim,
             dtype=getattr(torch, dtype),
@@ -171,28 +181,13 @@ class SD3Backbone(Backbone):
         return LORA_TARGETS
 
     def _feature_map(self, output: tuple[Tensor, Tensor], x_t: Tensor) -> Tensor:
-        """Lay the image tokens (B, h*w, D) of a block's output out as a map (B, D, h, w).
-
-        Contiguous: the bare view is strided like channels-last, and a group norm over it can crash in backward on the
-        CPU.
-        """
+        """The image tokens of a block's output, as a map."""
         height, width = (side // self._patch_size for side in x_t.shape[-2:])
-        return output[1].unflatten(1, (height, width)).permute(0, 3, 1, 2).contiguous()
+        return feature_map(output[1], height, width)
 
     def _own_precision(self) -> torch.autocast:
         """Keep autocast out, so that fresh embeddings and latents equal cached ones."""
         return torch.autocast(self.device.type, enabled=False)
-
-
-def _load_pipeline(source: str, revision: str | None, with_t5: bool, dtype: torch.dtype) -> StableDiffusion3Pipeline:
-    """Load the stock pipeline around a transformer without storage: the stock text code reads only its config."""
-    config = SD3Transformer2DModel.load_config(source, subfolder="transformer", revision=revision)
-    with torch.device("meta"):
-        skeleton = SD3Transformer2DModel.from_config(config)
-    arguments: dict[str, Any] = {"revision": revision, "transformer": skeleton, DTYPE_ARGUMENT: dtype}
-    if not with_t5:
-        arguments.update(text_encoder_3=None, tokenizer_3=None)
-    return StableDiffusion3Pipeline.from_pretrained(source, **arguments)
 
 
 def _check_resolution(side: int, config: Any, vae_scale: int) -> None:
@@ -202,18 +197,6 @@ def _check_resolution(side: int, config: Any, vae_scale: int) -> None:
             f"backbone.init_args.resolution: expected a multiple of {step} up to {largest} (what the VAE and the "
             f"patches of this checkpoint allow), got {side}. Try {min(max(round(side / step), 1) * step, largest)}."
         )
-
-
-def _sampling_shift(shift: float | None, scheduler: FlowMatchEulerDiscreteScheduler) -> float:
-    if shift is None and scheduler.config.use_dynamic_shifting:
-        raise ValueError(
-            "backbone.init_args.shift: this checkpoint's scheduler computes its shift from the image size, so none can "
-            "be taken from it. Set a number, for instance 3.0."
-        )
-    value = scheduler.shift if shift is None else shift
-    if value <= 0:
-        raise ValueError(f"backbone.init_args.shift: expected a number > 0 (1 = no shift), got {value}. Try 3.0.")
-    return float(value)
 
 
 def _call(
