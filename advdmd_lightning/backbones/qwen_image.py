@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from advdmd_lightning.backbones.base import Backbone
+from advdmd_lightning.backbones.base import Backbone, input_dtype
 from advdmd_lightning.backbones.pretrained import (
     DTYPE_ARGUMENT,
     KEY,
@@ -234,7 +234,7 @@ def _token_grid(x_t: Tensor) -> tuple[int, int]:
 
 def _call(network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
     """The stock forward on packed latents; a token holds a square of positions, channel by channel."""
-    dtype: Any = network.dtype
+    dtype = input_dtype(network, x_t.device)
     image_shapes = [[(1, *_token_grid(x_t))]] * len(x_t)
     _keep_positions(network, image_shapes, x_t.device)
     tokens = network(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from advdmd_lightning.backbones.base import Backbone
+from advdmd_lightning.backbones.base import Backbone, input_dtype
 from advdmd_lightning.backbones.pretrained import (
     DTYPE_ARGUMENT,
     KEY,
@@ -202,7 +202,7 @@ def _check_resolution(side: int, config: Any, vae_scale: int) -> None:
 def _call(
     network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, skip_layers: list[int] | None = None
 ) -> Tensor:
-    dtype: Any = network.dtype
+    dtype = input_dtype(network, x_t.device)
     return network(
         hidden_states=x_t.to(dtype),
         timestep=t.to(x_t.device, torch.float32).expand(len(x_t)) * 1000,

@@ -239,6 +239,17 @@ def test_early_exit_of_sharded_blocks(backbone, inputs, mesh):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_sharded_pass_in_bfloat16_gives_the_same_again(backbone, inputs, mesh):
+    """Whatever FSDP2 has gathered by then: the ratio of a rollout and its replay is exactly 1."""
+    network = backbone.new_network()
+    shard(network, backbone.blocks(network), mesh, torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            first = backbone.velocity(network, *inputs)
+        again = backbone.velocity(network, *inputs)
+    assert torch.equal(again, first)
+
+
 def test_early_exit_changes_nothing_that_others_see(backbone, inputs):
     network = backbone.new_network()
     before = dict(network.named_parameters())
