@@ -90,6 +90,7 @@ def hush() -> None:
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # inside Lightning
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # never changed in place
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")  # saved after the cycle
 
 

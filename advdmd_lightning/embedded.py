@@ -14,6 +14,7 @@ EMBEDDED = {
 ARCHITECTURES = {
     "stabilityai/stable-diffusion-3-medium-diffusers": "stable-diffusion-3-medium",
     "stabilityai/stable-diffusion-3.5-medium": "stable-diffusion-3.5-medium",
+    "Qwen/Qwen-Image": "qwen-image",
 }
 """Hub id -> folder of its pipeline's configurations below ``architectures``: what a plan needs to know of it."""
 

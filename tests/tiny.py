@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,7 +16,10 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -24,6 +28,9 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -35,7 +42,7 @@ WORDS = (
 )
 CAPTIONS = ["a red circle", "two blue squares left of a green triangle"]
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-CLIP_LENGTH, CLIP_WIDTH, T5_WIDTH = 16, 16, 48
+CLIP_LENGTH, CLIP_WIDTH, T5_WIDTH, QWEN_WIDTH = 16, 16, 48, 32
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -146,3 +153,89 @@ def sd3_folder() -> Path:
 def sd35_folder() -> Path:
     """SD3.5-medium's form with T5: dual attention, normalised queries and keys."""
     return build_sd3(sd35=True, with_t5=True)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Learn a byte-level BPE from the known words and the stock prompt template, so that each of them is one token."""
+    chat = ["<|im_start|>", "<|im_end|>"]
+    untrained = Qwen2Tokenizer(additional_special_tokens=chat)
+    corpus = [re.sub(r"<\|.*?\|>", "", QwenImagePipeline(None, None, None, None, None).prompt_template_encode), WORDS]
+    return untrained.train_new_from_iterator(corpus, vocab_size=2000)
+
+
+def qwen_encoder(vocab_size: int) -> Qwen2_5_VLForConditionalGeneration:
+    """Build a Qwen2.5-VL of two text layers; its eye, which never sees anything, has one."""
+    text = {
+        "vocab_size": vocab_size,
+        "hidden_size": QWEN_WIDTH,
+        "intermediate_size": 2 * QWEN_WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": QWEN_WIDTH,
+        "fullatt_block_indexes": [0],
+    }
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+def qwen_vae() -> AutoencoderKLQwenImage:
+    """Build an autoencoder of Qwen-Image's form: causal in time, four latent channels with statistics, factor 4."""
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[-0.76, -0.71, 0.11, 1.55],
+        latents_std=[2.8, 1.45, 2.3, 1.2],
+    )
+
+
+def qwen_transformer() -> QwenImageTransformer2DModel:
+    """Build a dual-stream transformer of four blocks."""
+    return QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=QWEN_WIDTH,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+@functools.cache
+def build_qwen() -> Path:
+    """Save a tiny ``QwenImagePipeline`` and return its folder, which lives as long as the process."""
+    folder = Path(tempfile.mkdtemp(prefix="tiny-qwen-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        tokenizer = qwen_tokenizer()
+        scheduler = FlowMatchEulerDiscreteScheduler(  # Qwen-Image's own
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        )
+        QwenImagePipeline(
+            transformer=qwen_transformer(),
+            scheduler=scheduler,
+            vae=qwen_vae(),
+            text_encoder=qwen_encoder(len(tokenizer)),
+            tokenizer=tokenizer,
+        ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen_folder() -> Path:
+    """Qwen-Image's form."""
+    return build_qwen()

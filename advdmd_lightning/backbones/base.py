@@ -138,3 +138,15 @@ class Backbone(HoldsFrozen, ABC):
         For 24 blocks these are 11, 17 and 23; for 4 blocks 1, 2 and 3.
         """
         return tuple(sorted({math.ceil(depth * self.num_blocks) - 1 for depth in DEFAULT_FEATURE_DEPTHS}))
+
+
+def input_dtype(network: nn.Module, device: torch.device) -> torch.dtype:
+    """Return the precision in which a network is given its inputs.
+
+    Its own, or float32 under autocast, where each layer takes what it wants of it: a network that FSDP2 computes in a
+    lower precision has the dtype of its shards before a pass and of its gathered weights after it, and the same pass
+    again must give the same.
+    """
+    dtype: torch.dtype = network.dtype  # type: ignore[assignment]
+    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.float32 if autocast else dtype

@@ -1,14 +1,15 @@
-"""Whether a pretrained pipeline is of the right family."""
+"""Pretrained pipelines: of the right family, loaded without their transformer, and the shift that they sample with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from huggingface_hub.errors import HFValidationError
 from packaging.version import Version
 from transformers.utils import logging as transformers_logging
@@ -69,3 +70,95 @@ def read_index(pretrained: str, revision: str | None, expected: str) -> dict[str
             "in backbone.class_path, or another checkpoint."
         )
     return index
+
+
+def load_around_skeleton(
+    pipeline: type[DiffusionPipeline],
+    transformer: type[ModelMixin],
+    source: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    **components: Any,
+) -> Any:
+    """Load a stock pipeline around a transformer without storage: the stock text code reads only its config.
+
+    Args:
+        pipeline: The pipeline's class.
+        transformer: Its transformer's class.
+        source: A folder or hub id, as ``embedded.locate`` returns it.
+        revision: Branch, tag or commit of a hub id.
+        dtype: Precision of what is loaded.
+        components: Other components that take the place of the checkpoint's own; None leaves one out.
+
+    Returns:
+        The pipeline.
+    """
+    config = transformer.load_config(source, subfolder="transformer", revision=revision)
+    with torch.device("meta"):
+        skeleton = transformer.from_config(config)
+    arguments = {"revision": revision, "transformer": skeleton, DTYPE_ARGUMENT: dtype, **components}
+    return pipeline.from_pretrained(source, **arguments)
+
+
+def build_around_skeleton(
+    pipeline: type[DiffusionPipeline],
+    transformer: type[ModelMixin],
+    source: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    **components: Any,
+) -> Any:
+    """Build a stock pipeline with random weights from its configurations alone, without tokenizers.
+
+    Args:
+        pipeline: As for :func:`load_around_skeleton`, like the others.
+        transformer: Its transformer's class.
+        source: Where the configurations are.
+        revision: Branch, tag or commit of a hub id.
+        dtype: Precision.
+        components: Other components that take the place of the pipeline's own; None leaves one out.
+
+    Returns:
+        The pipeline.
+    """
+    where = {"pretrained_model_name_or_path": source, "revision": revision}
+    with torch.device("meta"):
+        components["transformer"] = transformer.from_config(transformer.load_config(**where, subfolder="transformer"))
+    for name, named in pipeline.load_config(**where).items():
+        if name in components or name.startswith("_") or not isinstance(named, list | tuple):
+            continue
+        library, kind = named
+        if library is None or "tokenizer" in name or "processor" in name:
+            components[name] = None
+            continue
+        made: Any = getattr(import_module(library), kind)
+        with default_dtype(dtype):
+            if issubclass(made, ConfigMixin):
+                components[name] = made.from_config(made.load_config(**where, subfolder=name))
+            else:
+                components[name] = made(made.config_class.from_pretrained(source, revision=revision, subfolder=name))
+    return pipeline(**components)
+
+
+def random_network(transformer: type[ModelMixin], config: Mapping[str, Any], dtype: torch.dtype) -> ModelMixin:
+    """Build a transformer with random weights, the same each time."""
+    with torch.random.fork_rng(devices=()), default_dtype(dtype):
+        torch.manual_seed(0)
+        return transformer.from_config(config)
+
+
+def sampling_shift(shift: float | None, scheduler: FlowMatchEulerDiscreteScheduler) -> float:
+    """Return the time shift of the sampling grid: the given one, or the scheduler's.
+
+    Raises:
+        ValueError: None is given and the scheduler's depends on the image size, or it is not > 0.
+    """
+    if shift is None and scheduler.config.use_dynamic_shifting:
+        raise ValueError(
+            "backbone.init_args.shift: this checkpoint's scheduler computes its shift from the image size, so none can "
+            "be taken from it. Set a number, for instance 3.0."
+        )
+    value = scheduler.shift if shift is None else shift
+    if value <= 0:
+        raise ValueError(f"backbone.init_args.shift: expected a number > 0 (1 = no shift), got {value}. Try 3.0.")
+    return float(value)

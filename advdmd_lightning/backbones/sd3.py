@@ -13,9 +13,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from advdmd_lightning.backbones.base import Backbone
-from advdmd_lightning.backbones.pretrained import DTYPE_ARGUMENT, KEY, default_dtype, read_index, without_notices
-from advdmd_lightning.backbones.taps import check_blocks, tap
+from advdmd_lightning.backbones.base import Backbone, input_dtype
+from advdmd_lightning.backbones.pretrained import (
+    DTYPE_ARGUMENT,
+    KEY,
+    build_around_skeleton,
+    load_around_skeleton,
+    random_network,
+    read_index,
+    sampling_shift,
+    without_notices,
+)
+from advdmd_lightning.backbones.taps import check_blocks, feature_map, tap
 from advdmd_lightning.embedded import architecture, locate
 from advdmd_lightning.equations import at_least_float32
 from advdmd_lightning.records import Condition
@@ -27,13 +36,7 @@ with without_notices():
         SD3Transformer2DModel,
         StableDiffusion3Pipeline,
     )
-    from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-ENCODERS: dict[str, Any] = {
-    "text_encoder": CLIPTextModelWithProjection,
-    "text_encoder_2": CLIPTextModelWithProjection,
-    "text_encoder_3": T5EncoderModel,
-}
 LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0"),
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
@@ -80,8 +83,11 @@ class SD3Backbone(Backbone):
         source = locate(pretrained, KEY) if weights == "pretrained" else architecture(pretrained, KEY)
         index = read_index(source, revision, StableDiffusion3Pipeline.__name__)
         with_t5 = load_t5 and index["text_encoder_3"][0] is not None
-        load = _load_pipeline if weights == "pretrained" else _random_pipeline
-        pipeline = load(source, revision, with_t5, getattr(torch, dtype))
+        absent = {} if with_t5 else {"text_encoder_3": None, "tokenizer_3": None}
+        make = load_around_skeleton if weights == "pretrained" else build_around_skeleton
+        pipeline: StableDiffusion3Pipeline = make(
+            StableDiffusion3Pipeline, SD3Transformer2DModel, source, revision, getattr(torch, dtype), **absent
+        )
         config = pipeline.transformer.config
         side = resolution or config.sample_size * pipeline.vae_scale_factor
         _check_resolution(side, config, pipeline.vae_scale_factor)
@@ -89,7 +95,7 @@ class SD3Backbone(Backbone):
         super().__init__(
             latent_shape=(config.in_channels, latent_side, latent_side),
             image_size=side,
-            shift=_sampling_shift(shift, pipeline.scheduler),
+            shift=sampling_shift(shift, pipeline.scheduler),
             num_blocks=config.num_layers,
             feature_channels=config.num_attention_heads * config.attention_head_dim,
             dtype=getattr(torch, dtype),
@@ -149,9 +155,7 @@ class SD3Backbone(Backbone):
         Reading it again for each role keeps no spare copy in memory.
         """
         if self.weights == "random":
-            with torch.random.fork_rng(devices=()), default_dtype(dtype):
-                torch.manual_seed(0)
-                return SD3Transformer2DModel.from_config(self._pipeline.transformer.config)
+            return random_network(SD3Transformer2DModel, self._pipeline.transformer.config, dtype)
         return SD3Transformer2DModel.from_pretrained(**self._source, subfolder="transformer", **{DTYPE_ARGUMENT: dtype})
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -192,51 +196,13 @@ class SD3Backbone(Backbone):
         return LORA_TARGETS
 
     def _feature_map(self, output: tuple[Tensor, Tensor], x_t: Tensor) -> Tensor:
-        """Lay the image tokens (B, h*w, D) of a block's output out as a map (B, D, h, w).
-
-        Contiguous: the bare view is strided like channels-last, and a group norm over it can crash in backward on the
-        CPU.
-        """
+        """The image tokens of a block's output, as a map."""
         height, width = (side // self._patch_size for side in x_t.shape[-2:])
-        return output[1].unflatten(1, (height, width)).permute(0, 3, 1, 2).contiguous()
+        return feature_map(output[1], height, width)
 
     def _own_precision(self) -> torch.autocast:
         """Keep autocast out, so that fresh embeddings and latents equal cached ones."""
         return torch.autocast(self.device.type, enabled=False)
-
-
-def _load_pipeline(source: str, revision: str | None, with_t5: bool, dtype: torch.dtype) -> StableDiffusion3Pipeline:
-    """Load the stock pipeline around a transformer without storage: the stock text code reads only its config."""
-    config = SD3Transformer2DModel.load_config(source, subfolder="transformer", revision=revision)
-    with torch.device("meta"):
-        skeleton = SD3Transformer2DModel.from_config(config)
-    arguments: dict[str, Any] = {"revision": revision, "transformer": skeleton, DTYPE_ARGUMENT: dtype}
-    if not with_t5:
-        arguments.update(text_encoder_3=None, tokenizer_3=None)
-    return StableDiffusion3Pipeline.from_pretrained(source, **arguments)
-
-
-def _random_pipeline(source: str, revision: str | None, with_t5: bool, dtype: torch.dtype) -> StableDiffusion3Pipeline:
-    """Build a pipeline from configurations alone, without tokenizers."""
-    where = {"pretrained_model_name_or_path": source, "revision": revision}
-    config = SD3Transformer2DModel.load_config(**where, subfolder="transformer")
-    with torch.device("meta"):
-        skeleton = SD3Transformer2DModel.from_config(config)
-    encoders: dict[str, Any] = {"text_encoder_3": None}
-    with default_dtype(dtype):
-        for name, kind in ENCODERS.items():
-            if with_t5 or name != "text_encoder_3":
-                encoders[name] = kind(kind.config_class.from_pretrained(source, revision=revision, subfolder=name))
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(**where, subfolder="vae"))
-    return StableDiffusion3Pipeline(
-        transformer=skeleton,
-        vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(**where, subfolder="scheduler"),
-        tokenizer=None,
-        tokenizer_2=None,
-        tokenizer_3=None,
-        **encoders,
-    )
 
 
 def _check_resolution(side: int, config: Any, vae_scale: int) -> None:
@@ -248,22 +214,10 @@ def _check_resolution(side: int, config: Any, vae_scale: int) -> None:
         )
 
 
-def _sampling_shift(shift: float | None, scheduler: FlowMatchEulerDiscreteScheduler) -> float:
-    if shift is None and scheduler.config.use_dynamic_shifting:
-        raise ValueError(
-            "backbone.init_args.shift: this checkpoint's scheduler computes its shift from the image size, so none can "
-            "be taken from it. Set a number, for instance 3.0."
-        )
-    value = scheduler.shift if shift is None else shift
-    if value <= 0:
-        raise ValueError(f"backbone.init_args.shift: expected a number > 0 (1 = no shift), got {value}. Try 3.0.")
-    return float(value)
-
-
 def _call(
     network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, skip_layers: list[int] | None = None
 ) -> Tensor:
-    dtype: Any = network.dtype
+    dtype = input_dtype(network, x_t.device)
     return network(
         hidden_states=x_t.to(dtype),
         timestep=t.to(x_t.device, torch.float32).expand(len(x_t)) * 1000,

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def check_blocks(blocks: Sequence[int], num_blocks: int) -> None:
@@ -45,3 +45,32 @@ def tap(layers: Sequence[nn.Module], blocks: Sequence[int]) -> Iterator[dict[int
 
 def _keep(outputs: dict[int, Any], block: int, _layer: nn.Module, _args: Any, output: Any) -> None:
     outputs[block] = output
+
+
+@contextmanager
+def first_blocks(network: nn.Module, name: str, count: int) -> Iterator[None]:
+    """Let a network's own forward run only the first of its blocks.
+
+    What the forward finds under the list's name is a plain list of them; the registered one stays where it is. So
+    parameters, checkpoints and FSDP2, which looks for all blocks at the first pass, do not see the difference, and the
+    pass ends as every other, through the hooks that FSDP2 has behind it; an exception out of a block would skip those.
+
+    Args:
+        network: The network.
+        name: The attribute that holds its blocks, a ``ModuleList``.
+        count: How many of them run.
+    """
+    kept = list(getattr(network, name))[:count]
+    object.__setattr__(network, name, kept)  # past nn.Module.__setattr__: found before the registered list
+    try:
+        yield
+    finally:
+        object.__delattr__(network, name)
+
+
+def feature_map(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Lay tokens (B, height * width, D) out as a map (B, D, height, width).
+
+    Contiguous: the bare view is strided like channels-last, and a group norm over it can crash in backward on the CPU.
+    """
+    return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2).contiguous()

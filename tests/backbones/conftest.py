@@ -1,3 +1,16 @@
-from tests.tiny import sd3_folder, sd35_folder
+"""The tiny pipelines, and the backbones around them."""
 
-__all__ = ["sd35_folder", "sd3_folder"]
+from __future__ import annotations
+
+from advdmd_lightning.backbones import Backbone, QwenImageBackbone, SD3Backbone
+from tests.tiny import build_qwen, build_sd3, qwen_folder, sd3_folder, sd35_folder
+
+__all__ = ["qwen_folder", "sd35_folder", "sd3_folder"]
+
+
+def new_backbone(family: str) -> Backbone:
+    """The backbone of a tiny pipeline, always with latents of (4, 8, 8) and four blocks 32 wide."""
+    if family == "qwen":
+        return QwenImageBackbone(str(build_qwen()), resolution=32, max_sequence_length=16, shift=3.0)
+    sd35 = family == "sd35"
+    return SD3Backbone(str(build_sd3(sd35=sd35, with_t5=sd35)), max_sequence_length=4)

@@ -11,15 +11,15 @@ import torch
 from advdmd_lightning.backbones import Adapters, Copies, SD3Backbone
 from advdmd_lightning.backbones.blocks import checkpoint_blocks, compile_blocks
 from advdmd_lightning.settings import NetworkSettings
+from tests.backbones.conftest import new_backbone
 from tests.tiny import CAPTIONS
 
 RANK, ALPHA = 4, 6.0
 
 
-@pytest.fixture(scope="module", params=["sd3", "sd35"])
+@pytest.fixture(scope="module", params=["sd3", "sd35", "qwen"])
 def backbone(request):
-    folder = request.getfixturevalue(f"{request.param}_folder")
-    return SD3Backbone(str(folder), max_sequence_length=4)
+    return new_backbone(request.param)
 
 
 @pytest.fixture
@@ -114,8 +114,9 @@ def test_compiled_blocks_keep_their_adapter(backbone, inputs, every):
     slope, _ = generator_gradients(ours, inputs)
     torch.testing.assert_close(slope, expected_slope, rtol=1e-5, atol=1e-5)
     for found, wanted in zip(ours.generator.parameters(), expected.generator.parameters(), strict=True):
-        assert (found.grad is None) == (wanted.grad is None)
-        if wanted.grad is not None:
+        if wanted.grad is None:  # the text stream's end, which nothing reads: compiled blocks may say 0 instead
+            assert found.grad is None or not found.grad.any()
+        else:
             torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-5, atol=1e-5)
 
 
@@ -198,9 +199,13 @@ def test_deepcopy_keeps_one_shared_network(backbone, inputs):
         ({"rank": 0}, "rank, alpha: expected a rank >= 1 and an alpha > 0, got 0"),
         ({"alpha": -1.0}, "got 32 and -1.0"),
         ({"targets": ["to_nothing"]}, "to_nothing.*layers that end in .*'to_q'"),
-        ({"targets": ["pos_embed.proj"]}, r"\['pos_embed.proj'\] name layers that are not linear: \['Conv2d'\]"),
     ],
 )
 def test_bad_arguments(backbone, arguments, message):
     with pytest.raises(ValueError, match=message):
         Adapters(backbone, **arguments)
+
+
+def test_targets_that_are_not_linear():
+    with pytest.raises(ValueError, match=r"\['pos_embed.proj'\] name layers that are not linear: \['Conv2d'\]"):
+        Adapters(new_backbone("sd3"), targets=["pos_embed.proj"])

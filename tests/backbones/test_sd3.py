@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
@@ -54,31 +53,12 @@ def inputs(backbone: SD3Backbone) -> tuple[torch.Tensor, torch.Tensor, Condition
     return torch.randn(2, *backbone.latent_shape), torch.tensor([0.3, 0.9]), backbone.encode_text(CAPTIONS)
 
 
-def count_runs(network: torch.nn.Module) -> list[int]:
-    """Count the passes through each block from now on."""
-    runs = [0] * len(network.transformer_blocks)
-    for index, block in enumerate(network.transformer_blocks):
-
-        def count(*_, index=index):
-            runs[index] += 1
-
-        block.register_forward_hook(count)
-    return runs
-
-
 def test_facts_come_from_the_checkpoint(backbone):
     assert backbone.latent_shape == (4, 8, 8)
     assert backbone.image_size == 32
     assert backbone.shift == 3.0
     assert (backbone.num_blocks, backbone.feature_channels) == (4, 32)
     assert backbone.feature_blocks() == (1, 2, 3)
-
-
-@pytest.mark.parametrize(("num_blocks", "taps"), [(24, (11, 17, 23)), (60, (29, 44, 59)), (2, (0, 1)), (1, (0,))])
-def test_default_taps(backbone, num_blocks, taps):
-    other = copy.copy(backbone)
-    other.num_blocks = num_blocks
-    assert other.feature_blocks() == taps
 
 
 def test_velocity_is_diffusers_forward(backbone, pipeline, network, inputs):
@@ -91,122 +71,6 @@ def test_velocity_is_diffusers_forward(backbone, pipeline, network, inputs):
         return_dict=False,
     )[0]
     assert torch.equal(backbone.velocity(network, x_t, t, condition), expected)
-
-
-def test_one_time_for_the_whole_batch(backbone, network, inputs):
-    x_t, _, condition = inputs
-    both = backbone.velocity(network, x_t, torch.tensor([0.5, 0.5]), condition)
-    assert torch.equal(backbone.velocity(network, x_t, torch.tensor(0.5), condition), both)
-
-
-def test_velocity_of_a_half_network_is_float32(backbone, inputs):
-    network = backbone.new_network(torch.bfloat16)
-    velocity = backbone.velocity(network, *inputs)
-    expected = backbone.velocity(backbone.new_network(), *inputs)
-    assert velocity.dtype == torch.float32
-    assert (velocity - expected).abs().max() < 0.1 * expected.abs().max()
-
-
-def test_new_networks_are_fresh_copies(backbone, network):
-    other = backbone.new_network()
-    with torch.no_grad():
-        other.proj_out.weight.add_(1)
-    assert not torch.equal(other.proj_out.weight, network.proj_out.weight)
-    assert torch.equal(backbone.new_network().proj_out.weight, network.proj_out.weight)
-
-
-def test_features_are_the_hidden_states_of_a_full_pass(backbone, inputs):
-    network = backbone.new_network()
-    expected = {}
-    for index, block in enumerate(network.transformer_blocks):
-        block.register_forward_hook(lambda _m, _a, output, index=index: expected.update({index: output[1]}))
-    backbone.velocity(network, *inputs)
-    full = dict(expected)
-    for index, tokens in full.items():  # one tap at a time, so that every depth is an early exit
-        (found,) = backbone.features(network, *inputs, blocks=[index])
-        assert found.shape == (2, 32, 4, 4)
-        assert found.is_contiguous()
-        for row in range(4):
-            for column in range(4):
-                assert torch.equal(found[:, :, row, column], tokens[:, 4 * row + column])
-
-
-def test_features_keep_the_order_of_the_blocks(backbone, network, inputs):
-    late, early, again = backbone.features(network, *inputs, blocks=[3, 0, 3])
-    assert torch.equal(early, backbone.features(network, *inputs, blocks=[0])[0])
-    assert torch.equal(late, again)
-    assert not torch.equal(late, early)
-
-
-def test_features_stop_at_the_deepest_tap(backbone, inputs):
-    network = backbone.new_network()
-    runs = count_runs(network)
-    backbone.features(network, *inputs, blocks=[2, 0])
-    assert runs == [1, 1, 1, 0]
-    backbone.velocity_and_features(network, *inputs, blocks=[2, 0])
-    assert runs == [2, 2, 2, 1]
-
-
-def test_feature_map_of_an_oblong_latent(backbone, network, inputs):
-    _, t, condition = inputs
-    (found,) = backbone.features(network, torch.randn(2, 4, 8, 16), t, condition, blocks=[1])
-    assert found.shape == (2, 32, 4, 8)
-
-
-def test_velocity_and_features_in_one_pass(backbone, network, inputs):
-    velocity, features = backbone.velocity_and_features(network, *inputs, blocks=[1, 3])
-    assert torch.equal(velocity, backbone.velocity(network, *inputs))
-    for found, expected in zip(features, backbone.features(network, *inputs, blocks=[1, 3]), strict=True):
-        assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_of_features_reach_the_input(backbone, inputs, checkpointing):
-    x_t, t, condition = inputs
-    network = backbone.new_network().train()
-    if checkpointing:
-        network.enable_gradient_checkpointing()
-    x_t.requires_grad_(True)
-    taps = backbone.features(network, x_t, t, condition, blocks=[0, 2])
-    weights = [torch.randn_like(found) for found in taps]
-    (gradient,) = torch.autograd.grad(sum((w * f).sum() for w, f in zip(weights, taps, strict=True)), x_t)
-
-    direction = torch.randn_like(x_t)
-    with torch.no_grad():
-        ahead, behind = (
-            backbone.features(network.double(), (x_t + sign * 1e-4 * direction).double(), t, condition, [0, 2])
-            for sign in (1, -1)
-        )
-        slope = sum((w * (a - b)).sum() for w, a, b in zip(weights, ahead, behind, strict=True)) / 2e-4
-    assert (gradient * direction).sum().item() == pytest.approx(slope.item(), rel=2e-3)
-
-
-def test_checkpointing_changes_no_gradient(backbone, inputs):
-    def parameter_gradients(checkpointing: bool) -> list[torch.Tensor]:
-        network = backbone.new_network()
-        if checkpointing:
-            network.enable_gradient_checkpointing()
-        velocity, features = backbone.velocity_and_features(network, *inputs, blocks=[1])
-        (velocity.square().mean() + features[0].square().mean()).backward()
-        return [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-
-    for plain, recomputed in zip(parameter_gradients(False), parameter_gradients(True), strict=True):
-        torch.testing.assert_close(recomputed, plain, rtol=1e-6, atol=1e-8)
-
-
-def test_taps_leave_no_hooks_behind(backbone, network, inputs):
-    backbone.features(network, *inputs, blocks=[1])
-    with pytest.raises(RuntimeError):
-        backbone.features(network, inputs[0][:, :3], *inputs[1:], blocks=[1])
-    assert not any(block._forward_hooks for block in network.transformer_blocks)
-
-
-@pytest.mark.parametrize("blocks", [[], [4], [-1, 2]])
-def test_impossible_taps_are_refused(backbone, network, inputs, blocks):
-    with pytest.raises(ValueError, match=r"blocks: expected at least one index in \[0, 3\]"):
-        backbone.features(network, *inputs, blocks=blocks)
-    with pytest.raises(ValueError, match="blocks: expected"):
-        backbone.velocity_and_features(network, *inputs, blocks=blocks)
 
 
 def test_text_is_the_pipelines(backbone, pipeline):
@@ -222,11 +86,6 @@ def test_text_is_the_pipelines(backbone, pipeline):
     torch.testing.assert_close(empty.embeds, negative)
     torch.testing.assert_close(empty.pooled, negative_pooled)
     assert not condition.embeds.requires_grad
-
-
-def test_captions_differ(backbone):
-    first, second = backbone.encode_text(CAPTIONS).embeds
-    assert not torch.equal(first, second)
 
 
 def test_without_t5_its_tokens_are_zero(sd35_folder):
@@ -252,21 +111,6 @@ def test_image_round_trip_is_the_pipelines_arithmetic(backbone, pipeline):
     latents = 3 * torch.randn(2, *backbone.latent_shape)
     expected = pipeline.image_processor.postprocess(pipeline.vae.decode(latents / scale + shift)[0], "pt")
     torch.testing.assert_close(backbone.decode(latents) / 2 + 0.5, expected, rtol=0, atol=1e-6)
-
-
-def test_decode_passes_gradients_to_latents(backbone):
-    latents = torch.randn(1, *backbone.latent_shape, requires_grad=True)
-    backbone.decode(latents).mean().backward()
-    assert latents.grad is not None
-    assert latents.grad.abs().max() > 0
-
-
-def test_frozen_parts_ignore_autocast(backbone):
-    image, plain = torch.rand(1, 3, 32, 32), backbone.encode_text(CAPTIONS)
-    latents = backbone.encode_image(image)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(backbone.encode_text(CAPTIONS).embeds, plain.embeds)
-        assert torch.equal(backbone.encode_image(image), latents)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
