@@ -184,14 +184,19 @@ class AdvDMDModule(FewStepSampling):
         super().configure_model()
 
     def _shard(self) -> None:
-        mesh = sharding_mesh(self.trainer.strategy)
+        mesh, device = sharding_mesh(self.trainer.strategy), self.trainer.strategy.root_device
+        offload = self.networks.offload
+        if "encoders" in offload:
+            self.backbone.offload_encoders(device)
         if mesh is None:
             read_shards(self.trainer.strategy)
+            if "teacher" in offload:
+                self.roles.offload_teacher(device)
             return
         dtype = compute_dtype(str(self.trainer.precision))
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        broadcast_parameters(trained, self.trainer.strategy.root_device)
-        self.roles.shard(mesh, dtype)
+        broadcast_parameters(trained, device)
+        self.roles.shard(mesh, dtype, "teacher" in offload)
         shard(self.discriminator, (), mesh, None)
 
     # ------------------------------------------------------------------ one cycle

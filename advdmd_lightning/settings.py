@@ -172,12 +172,18 @@ class NetworkSettings:
             null = all at once. The policy's passes have ``grpo.micro_batch``.
         reduce_every_pass: sum sharded gradients over the processes after every micro-batch, and keep only this
             process's part; false = once, after the last one, with all of the network's gradients kept until then.
+        attention: which way of ``torch.nn.functional.scaled_dot_product_attention`` the networks take; null = torch
+            chooses. ``flash`` takes no masks, which Qwen-Image has.
+        offload: what rests in main memory and comes to the device in pieces while it runs: ``teacher``, ``encoders``
+            (text encoders and VAE), both or nothing. For encoders that is worth it where batches come encoded.
     """
 
     checkpoint_every: int | None = None
     compile: bool = False
     micro_batch: int | None = None
     reduce_every_pass: bool = False
+    attention: Literal["flash", "efficient", "cudnn", "math"] | None = None
+    offload: tuple[Literal["teacher", "encoders"], ...] = ()
 
     def __post_init__(self) -> None:
         """Check the range."""

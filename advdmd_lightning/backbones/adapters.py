@@ -139,7 +139,7 @@ class AdapterRole(Role):
     @contextmanager
     def active(self) -> Iterator[None]:
         """Run what is inside with this role's adapter."""
-        with self.shared.using(self.name):
+        with self.attending(), self.shared.using(self.name):
             yield
 
     def standalone(self) -> nn.Module:
@@ -154,4 +154,11 @@ class AdapterRole(Role):
 
     def recomputation(self) -> AbstractContextManager[None]:
         """Return the context of the adapter that is active now, whichever role asks."""
-        return self.shared.using(self.shared.active)
+        name = self.shared.active
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            with self.attending(), self.shared.using(name):
+                yield
+
+        return again()

@@ -35,6 +35,8 @@ class Backbone(HoldsFrozen, ABC):
         dtype: Precision of everything frozen (text encoders, VAE, teacher).
     """
 
+    _place: Tensor
+
     def __init__(
         self,
         *,
@@ -52,11 +54,17 @@ class Backbone(HoldsFrozen, ABC):
         self.num_blocks = num_blocks
         self.feature_channels = feature_channels
         self.dtype = dtype
+        self.register_buffer("_place", torch.empty(0), persistent=False)
 
     @property
-    @abstractmethod
     def device(self) -> torch.device:
-        """Where the frozen parts live."""
+        """Where the frozen parts compute: where this module was moved."""
+        return self._place.device
+
+    def offload_encoders(self, device: torch.device) -> None:
+        """Leave text encoders and VAE in main memory, and bring their layers to a device while they run."""
+        for module in self.modules_held():
+            self.offload(module, device)
 
     @abstractmethod
     def encode_text(self, captions: Sequence[str]) -> Condition:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
+from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 
 Holder = TypeVar("Holder", bound="HoldsFrozen")
@@ -29,8 +31,30 @@ class HoldsFrozen(nn.Module):
         object.__setattr__(self, name, module)  # past nn.Module.__setattr__, which would register it
         self._held.append(module)
 
+    def offload(self, module: nn.Module, device: torch.device, blocks: bool = False) -> None:
+        """Leave a held module in main memory, and bring its parts to a device one after another while they run.
+
+        Args:
+            module: One that is held; no gradient may flow through it.
+            device: Where it computes.
+            blocks: Whether its parts are its blocks, called by its own ``forward``; otherwise they are single layers.
+        """
+        self.let_go(module)
+        apply_group_offloading(
+            module,
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            offload_type="block_level" if blocks else "leaf_level",
+            num_blocks_per_group=1 if blocks else None,
+            use_stream=device.type == "cuda",
+        )
+
+    def let_go(self, module: nn.Module) -> None:
+        """Move a held module with its owner no more."""
+        self._held.remove(module)
+
     def modules_held(self) -> Sequence[nn.Module]:
-        """Return what is held."""
+        """Return what is held and moves with its owner."""
         return tuple(self._held)
 
     def _apply(self: Holder, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Holder:

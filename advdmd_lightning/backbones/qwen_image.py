@@ -116,11 +116,6 @@ class QwenImageBackbone(Backbone):
         self.hold("vae", pipeline.vae)
         self.hold("text_encoder", pipeline.text_encoder)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the text encoder and the VAE live."""
-        return self.vae.device
-
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Condition:
         """Encode captions as the stock pipeline does, the empty one as a single space; see the base class.

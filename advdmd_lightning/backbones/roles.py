@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from advdmd_lightning.backbones.base import Backbone
 from advdmd_lightning.backbones.blocks import checkpoint_blocks, compile_blocks
@@ -20,6 +21,14 @@ from advdmd_lightning.backbones.frozen import HoldsFrozen
 from advdmd_lightning.backbones.sharding import reshard, shard, synchronize
 from advdmd_lightning.records import Condition
 from advdmd_lightning.settings import NetworkSettings
+
+ATTENTION = {
+    None: None,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 class Role(HoldsFrozen):
@@ -33,9 +42,11 @@ class Role(HoldsFrozen):
 
     backbone: Backbone
     network: nn.Module
+    attention: SDPBackend | None = None
 
     def __init__(self, backbone: Backbone, network: nn.Module, *, frozen: bool = False) -> None:
         super().__init__()
+        self._frozen = frozen
         object.__setattr__(self, "backbone", backbone)  # past the registry: a reference
         if frozen:
             self.hold("network", network)
@@ -44,11 +55,15 @@ class Role(HoldsFrozen):
 
     def active(self) -> AbstractContextManager[None]:
         """Return the context in which the network plays this role; roles that share a network have one each."""
-        return nullcontext()
+        return self.attending()
+
+    def attending(self) -> AbstractContextManager[None]:
+        """Return the context of the chosen way of attention."""
+        return nullcontext() if self.attention is None else sdpa_kernel(self.attention)
 
     def recomputation(self) -> AbstractContextManager[None]:
         """Return the context in which activation checkpointing shall repeat the pass that is running now."""
-        return nullcontext()
+        return self.attending()
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Predict the velocity ``noise - x0``; see ``Backbone.velocity``."""
@@ -66,6 +81,11 @@ class Role(HoldsFrozen):
         """Return both from one pass; see ``Backbone.velocity_and_features``."""
         with self.active():
             return self.backbone.velocity_and_features(self.network, x_t, t, condition, blocks)
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether the network rests in main memory."""
+        return self._frozen and self.network not in self.modules_held()
 
     def synchronize(self, now: bool) -> None:
         """Let the next backward pass sum gradients over the processes, or leave that to a later one."""
@@ -109,6 +129,8 @@ class Roles(nn.Module):
 
     def prepare(self, settings: NetworkSettings) -> None:
         """Set up how the networks run, once, before the first pass."""
+        for role in (self.generator, self.fake_score, self.teacher):
+            role.attention = ATTENTION[settings.attention]
         for role in self._networks():
             blocks = role.backbone.blocks(role.network)
             if settings.compile:
@@ -116,16 +138,40 @@ class Roles(nn.Module):
             if settings.checkpoint_every:
                 checkpoint_blocks(blocks, settings.checkpoint_every, role.recomputation)
 
-    def shard(self, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
+    def shard(self, mesh: DeviceMesh, dtype: torch.dtype | None, offload_teacher: bool = False) -> None:
         """Cut the networks into shards, once, after ``prepare``.
 
         Args:
             mesh: One dimension to shard over, or two: replicate and shard.
             dtype: What trained networks are computed in; None = what they are kept in.
+            offload_teacher: Leave the teacher's shards in main memory.
+
+        Raises:
+            ValueError: The teacher has no network of its own.
         """
         for role in self._networks():
             trains = any(parameter.requires_grad for parameter in role.network.parameters())
-            shard(role.network, role.backbone.blocks(role.network), mesh, dtype if trains else None)
+            offload = offload_teacher and role is self._own_teacher()
+            shard(role.network, role.backbone.blocks(role.network), mesh, dtype if trains else None, offload)
+            if offload:
+                role.let_go(role.network)
+
+    def offload_teacher(self, device: torch.device) -> None:
+        """Leave the teacher in main memory, and bring its blocks to a device one after another while they run.
+
+        Raises:
+            ValueError: It has no network of its own.
+        """
+        teacher = self._own_teacher()
+        teacher.offload(teacher.network, device, blocks=True)
+
+    def _own_teacher(self) -> Role:
+        if self.teacher.network is self.generator.network:
+            raise ValueError(
+                "model.networks.offload has `teacher`, but with adapters the teacher is the network that trains, "
+                "without its adapter: leave `teacher` out"
+            )
+        return self.teacher
 
     def _networks(self) -> list[Role]:
         """One role of each network."""

@@ -109,11 +109,6 @@ class SD3Backbone(Backbone):
             if pipeline.components[name] is not None:
                 self.hold(name, pipeline.components[name])
 
-    @property
-    def device(self) -> torch.device:
-        """Where the text encoders and the VAE live."""
-        return self.vae.device
-
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Condition:
         """Encode captions as the stock pipeline does; see the base class."""

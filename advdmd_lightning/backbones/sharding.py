@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 
 def broadcast_parameters(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
@@ -18,7 +19,13 @@ def broadcast_parameters(parameters: Iterable[nn.Parameter], device: torch.devic
         parameter.data.copy_(values)
 
 
-def shard(network: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
+def shard(
+    network: nn.Module,
+    blocks: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    dtype: torch.dtype | None,
+    offload: bool = False,
+) -> None:
     """Shard a network in place: each block a group of its own, the rest another.
 
     The other group stays gathered from a pass until a backward pass or ``reshard``: gradients of features that are read
@@ -30,11 +37,17 @@ def shard(network: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, dty
         mesh: One dimension to shard over, or two: replicate and shard.
         dtype: What the weights are gathered and computed in, while those kept and their gradients' sums stay in their
             own; None = their own.
+        offload: Leave the shards in main memory.
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    shard_one = partial(
+        fully_shard,
+        mesh=mesh,
+        mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        offload_policy=CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy(),
+    )
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        shard_one(block, reshard_after_forward=True)
+    shard_one(network, reshard_after_forward=False)
 
 
 def reshard(network: nn.Module) -> None:

@@ -26,6 +26,8 @@ FLOPS = {
 }
 PHASES = ("encode", "rollout", "guidance", "health", "generator", "policy")
 """Phases of a cycle, by the names that ``AdvDMDModule`` tells the profiler."""
+ELSEWHERE = "elsewhere"
+"""Kind of what does not count, because it rests in main memory."""
 WORKING = "working"
 """Kind of what has no label: activations, temporaries, weights gathered for a pass."""
 
@@ -77,9 +79,9 @@ class Ledger(TorchDispatchMode, Profiler):
             self._note(local)
             key = local.untyped_storage()._cdata
             if key in self._kinds:
-                self.now[self._kinds[key]] -= self._sizes[key]
+                self._change(key, 0)
                 self._kinds[key] = kind
-                self.now[kind] += self._sizes[key]
+                self._change(key, 0 if kind == ELSEWHERE else local.untyped_storage().nbytes())
 
     def clear(self) -> None:
         """Forget what is in memory; what is labelled from now on counts again."""

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from advdmd_lightning.backbones.roles import Role
 from advdmd_lightning.module import AdvDMDModule
-from advdmd_lightning.planning.ledger import Ledger, Phase
+from advdmd_lightning.planning.ledger import ELSEWHERE, Ledger, Phase
 from advdmd_lightning.records import Trajectory
 from advdmd_lightning.strategies import Sharding, ShardOver, make_mesh
 
@@ -115,7 +115,8 @@ class _Watch(L.Callback):
         for module in pl_module.backbone.modules_held():
             label("encoders", _tensors(module))
         for name in ROLES:
-            label("weights", _tensors(getattr(roles, name).network))
+            network = getattr(roles, name).network
+            label(ELSEWHERE if name == "teacher" and roles.teacher.is_offloaded else "weights", _tensors(network))
             _count(getattr(roles, name), name, self.ledger)
         label("weights", pl_module.discriminator.parameters())
         if pl_module.average is not None:

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 
 from advdmd_lightning.backbones import Backbone
 from advdmd_lightning.backbones.blocks import checkpoint_blocks, compile_blocks
@@ -206,15 +205,6 @@ def test_early_exit_of_compiled_and_recomputed_blocks(backbone, inputs, every):
     assert runs == [1, 1, 1, 0]
     for ours, theirs in zip([*found, slope], [*expected, expected_slope], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture
-def mesh(tmp_path):
-    """A group of this process alone."""
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
 
 
 def test_early_exit_of_sharded_blocks(backbone, inputs, mesh):

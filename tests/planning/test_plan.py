@@ -16,7 +16,8 @@ from advdmd_lightning.planning.plan import CARDS, GIB, make_plan
 from advdmd_lightning.planning.rehearsal import World
 from tests.tiny import build_sd3
 
-BATCH, MICRO, STEPS, UPDATES = 8, 4, 4, 5
+BATCH, STEPS, UPDATES, ROLLOUT = 4, 2, 5, 8
+CHECKPOINTING = "--model.networks.checkpoint_every=1"
 PERSISTENT = ("weights", "encoders", "optimizers", "average")
 
 
@@ -29,8 +30,8 @@ def words(*more: str) -> list[str]:
         "--model.discriminator.blocks=null",
         "--model.grpo.groups=2",
         "--model.grpo.group_size=4",
-        f"--model.grpo.micro_batch={MICRO}",
-        f"--model.networks.micro_batch={MICRO}",
+        f"--model.grpo.micro_batch={ROLLOUT}",
+        f"--model.num_steps={STEPS}",
         f"--data.batch_size={BATCH}",
         *more,
     ]
@@ -46,6 +47,11 @@ def weight_bytes() -> tuple[int, int]:
 @pytest.fixture(scope="module")
 def plan():
     return command.plan_of(words(), cli.read)
+
+
+@pytest.fixture(scope="module")
+def smaller():
+    return command.plan_of(words(CHECKPOINTING), cli.read)
 
 
 def test_weights_optimizers_and_average_are_those_on_paper(plan):
@@ -70,7 +76,11 @@ def test_passes_are_the_budget(plan):
         "teacher/forward/full": 2 * BATCH,
     }
     more = opened - closed
-    assert more == {"generator/gradient/full": 3 * 8, "fake_score/forward/early": 4 * 8}
+    assert more == {
+        "generator/forward/full": STEPS * (ROLLOUT - BATCH),
+        "generator/gradient/full": (STEPS - 1) * ROLLOUT,
+        "fake_score/forward/early": STEPS * ROLLOUT,
+    }
 
 
 def test_shards_take_their_part_of_what_trains(plan, devices=2):
@@ -83,10 +93,20 @@ def test_shards_take_their_part_of_what_trains(plan, devices=2):
     assert sharded.samples(True) == plan.samples(True)
 
 
+def test_what_rests_in_main_memory_does_not_count(plan):
+    trained, buffers = weight_bytes()
+    offloaded = command.plan_of(words("--model.networks.offload=[teacher,encoders]"), cli.read)
+    assert plan.peak(True)["weights"] - offloaded.peak(True)["weights"] == trained + buffers
+    assert offloaded.peak(True)["encoders"] == 0
+    assert offloaded.peak(True)["working"] <= plan.peak(True)["working"]
+
+
 def test_counting_on_from_two_micro_batches_is_running_them_all():
-    config, build = cli.read(words())
+    config, build = cli.read(
+        words("--model.networks.micro_batch=2", "--model.grpo.micro_batch=2", "--data.batch_size=6")
+    )
     few = command.settings_of(config, build)
-    all_at_once = dataclasses.replace(few, micro_batch=None, policy_micro_batch=8)
+    all_at_once = dataclasses.replace(few, micro_batch=None, policy_micro_batch=ROLLOUT)
     counted, ran = make_plan(few), make_plan(all_at_once)  # the module has its micro-batches in both
     for gate in (False, True):
         assert counted.samples(gate) == ran.samples(gate)
@@ -94,9 +114,9 @@ def test_counting_on_from_two_micro_batches_is_running_them_all():
         assert counted.peak(gate).total() == pytest.approx(ran.peak(gate).total(), rel=0.02)
 
 
-@pytest.mark.parametrize("more", [[], ["--model.networks.checkpoint_every=1"]], ids=["plain", "checkpointing"])
-def test_planned_peak_is_what_a_real_cycle_allocates(more, tmp_path):
-    plan = command.plan_of(words(*more), cli.read)
+@pytest.mark.parametrize(("name", "more"), [("plan", []), ("smaller", [CHECKPOINTING])])
+def test_planned_peak_is_what_a_real_cycle_allocates(name, more, request, tmp_path):
+    plan = request.getfixturevalue(name)
     config, build = cli.read(words(*more))
     module = build(config)
     module.keeps_average = True
@@ -143,14 +163,13 @@ def test_what_cannot_be_planned_is_named(changes, message):
         command.plan_of(words(*changes), cli.read)
 
 
-def test_command_prints_tables_and_the_nearest_change(plan, capsys, monkeypatch):
-    smaller = command.plan_of(words("--model.networks.checkpoint_every=1"), cli.read)
+def test_command_prints_tables_and_the_nearest_change(plan, smaller, capsys, monkeypatch):
     assert smaller.gib < plan.gib
     monkeypatch.setitem(CARDS, 24, 1024 * (smaller.gib + plan.gib) / 2)  # MiB
     cli.main(["plan", *words(), "--card", "24"])
     shown = capsys.readouterr().out
-    assert "1 x 8 = 8 image-caption pairs, 5 guidance updates on all; 4 samples per pass" in shown
-    assert "prompts x 4 samples = 8; 4 per pass" in shown
+    assert "1 x 4 = 4 image-caption pairs, 5 guidance updates on all; 4 samples per pass" in shown
+    assert "prompts x 4 samples = 8; 8 per pass" in shown
     assert "24 GB no, 48 GB yes" in shown
     assert f"To fit on 24 GB ({smaller.gib:.1f} GiB): --model.networks.checkpoint_every=1\n" in shown
 
