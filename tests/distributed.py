@@ -17,16 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent
 GLOBAL_BATCH = 8
 
 
-def launch(processes: int, folder: Path, nodes: int = 1, **options) -> None:
-    """Run ``main`` in so many processes, with one thread each; results come as files in ``folder``.
+def launch(processes: int, folder: Path, nodes: int = 1, script: str = "distributed.py", **options) -> None:
+    """Run the script's ``main`` in so many processes, with one thread each; results come as files in ``folder``.
 
     Args:
         processes: On all nodes together.
         folder: Of the results and checkpoints.
         nodes: How many nodes this machine plays.
+        script: This one, or another one beside it.
         options: Arguments of ``main``.
     """
-    script = [str(ROOT / "tests" / "distributed.py"), json.dumps({"folder": str(folder), "nodes": nodes} | options)]
+    call = [str(ROOT / "tests" / script), json.dumps({"folder": str(folder), "nodes": nodes} | options)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     torchrun = [str(Path(sysconfig.get_path("scripts")) / "torchrun"), f"--nproc-per-node={processes // nodes}"]
@@ -34,7 +35,7 @@ def launch(processes: int, folder: Path, nodes: int = 1, **options) -> None:
     for node in range(nodes):
         place = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", f"--node-rank={node}"]
         address = ["--master-addr=127.0.0.1", f"--master-port={port}"] if nodes > 1 else []
-        command = [*([*torchrun, *place, *address] if processes > 1 else [sys.executable]), *script]
+        command = [*([*torchrun, *place, *address] if processes > 1 else [sys.executable]), *call]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started.append(subprocess.Popen(command, env=environment, **pipes))
     outputs = [process.communicate(timeout=300)[0] for process in started]

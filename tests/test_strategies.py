@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from PIL import Image
 
-from advdmd_lightning.strategies import FSDP2Strategy, sharding_mesh, weights_in
+from advdmd_lightning.checkpoints import weights_in
+from advdmd_lightning.strategies import FSDP2Strategy, sharding_mesh
 from tests.distributed import launch
 from tests.training import same, tiny_module
 
