@@ -64,6 +64,7 @@ def main(
     nodes: int = 1,
     signal_at: int | None = None,
     decay: float | None = 0.9,
+    predict: int = 0,
 ) -> None:
     """Train on a fixed global batch, of which each process takes its part, and write what came out."""
     import lightning as L
@@ -117,7 +118,7 @@ def main(
             if trainer.global_step == save_at:
                 trainer.save_checkpoint(Path(folder) / f"{name}.ckpt")
 
-    record, samples = Record(), SampleLogger(CAPTIONS, every=cycles, folder=str(Path(folder) / name))
+    record, samples = Record(), SampleLogger(CAPTIONS, every=max(1, cycles), folder=str(Path(folder) / name))
     averages = [] if decay is None else [GeneratorEMA(decay)]
     trainer = L.Trainer(
         accelerator="cpu",
@@ -139,6 +140,11 @@ def main(
         get_backend=lambda: "nccl"
     )  # as Lightning sees it on GPUs, where it evaluates in inference mode
     (scores,) = trainer.validate(module, data, verbose=False)
+    if predict:
+        captions = ShapesCaptions(per_category=1)
+        captions.captions = captions.captions[:predict]
+        images = trainer.predict(module, tiny_data(validation=captions, validation_batch_size=1))
+        torch.save(torch.cat(images), Path(folder) / f"{name}-{rank}.pt")
     student = module.student().state_dict()
     mesh = list(trainer.strategy.mesh.shape) if isinstance(trainer.strategy, FSDP2Strategy) else None
     weight = next(iter(module.generator.parameters()))
