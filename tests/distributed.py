@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 GLOBAL_BATCH = 8
 
 
-def launch(processes: int, folder: Path, nodes: int = 1, script: str = "distributed.py", **options) -> None:
+def launch(
+    processes: int, folder: Path, nodes: int = 1, script: str = "distributed.py", slurm: bool = False, **options
+) -> None:
     """Run the script's ``main`` in so many processes, with one thread each; results come as files in ``folder``.
 
     Args:
@@ -25,21 +27,40 @@ def launch(processes: int, folder: Path, nodes: int = 1, script: str = "distribu
         folder: Of the results and checkpoints.
         nodes: How many nodes this machine plays.
         script: This one, or another one beside it.
+        slurm: Start them as SLURM does; its ``scontrol`` notes in ``asked`` what is asked and what lies in the folder.
         options: Arguments of ``main``.
     """
     call = [str(ROOT / "tests" / script), json.dumps({"folder": str(folder), "nodes": nodes} | options)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     torchrun = [str(Path(sysconfig.get_path("scripts")) / "torchrun"), f"--nproc-per-node={processes // nodes}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started, port = [], free_port()
-    for node in range(nodes):
+    for rank in range(processes if slurm else 0):
+        job = environment | slurm_job(folder, rank, processes, port)
+        started.append(subprocess.Popen([sys.executable, *call], env=job, **pipes))
+    for node in range(0 if slurm else nodes):
         place = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", f"--node-rank={node}"]
         address = ["--master-addr=127.0.0.1", f"--master-port={port}"] if nodes > 1 else []
         command = [*([*torchrun, *place, *address] if processes > 1 else [sys.executable]), *call]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started.append(subprocess.Popen(command, env=environment, **pipes))
     outputs = [process.communicate(timeout=300)[0] for process in started]
     assert all(process.returncode == 0 for process in started), "\n".join(outputs)
+
+
+def slurm_job(folder: Path, rank: int, processes: int, port: int) -> dict[str, str]:
+    """Return what SLURM tells a task of a job on one node, and a scheduler that is a script."""
+    scontrol = folder / "tools" / "scontrol"
+    scontrol.parent.mkdir(exist_ok=True)
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {folder}/asked\nls -A {folder} >> {folder}/asked\n')
+    scontrol.chmod(0o755)
+    job = {"JOB_ID": 17, "JOB_NAME": "train", "NODEID": 0, "PROCID": rank, "LOCALID": rank, "NODELIST": "localhost"}
+    job |= {"NTASKS": processes, "NTASKS_PER_NODE": processes, "NNODES": 1}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": processes}
+    path = f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}"
+    return {name: str(value) for name, value in ({f"SLURM_{n}": v for n, v in job.items()} | place).items()} | {
+        "PATH": path
+    }
 
 
 def free_port() -> int:

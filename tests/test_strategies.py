@@ -125,6 +125,17 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(tmp_path):
     assert weights < 1e-5
 
 
+def test_a_requeued_slurm_job_goes_on_from_its_last_whole_checkpoint(tmp_path):
+    launch(2, tmp_path, slurm=True, name="stopped", strategy="fsdp2", cycles=4, signal_at=1)
+    asked, *there = (tmp_path / "asked").read_text().split("\n")
+    assert asked == "requeue 17"
+    assert "hpc_ckpt_1.ckpt" in there  # when the job may be ended
+    assert ".saving" not in there
+    (tmp_path / ".saving" / "hpc_ckpt_2.ckpt").mkdir(parents=True)  # as from a job that was ended meanwhile
+    launch(2, tmp_path, slurm=True, name="resumed", strategy="fsdp2", cycles=3)
+    assert [len(result(tmp_path, name)["cycles"]) for name in ("stopped", "resumed")] == [2, 1]
+
+
 def test_predict_with_a_caption_more_on_one_process_than_on_the_other(tmp_path):
     """Sharded weights are gathered by both: without as many passes each, one waits for ever. No image comes twice."""
     launch(2, tmp_path, name="predicted", strategy="fsdp2", cycles=0, predict=5)
