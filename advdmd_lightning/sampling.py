@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -163,6 +164,16 @@ class FewStepSampling(L.LightningModule, ABC):
     def on_test_epoch_end(self) -> None:
         """Log the metrics."""
         self._log_metrics("test")
+
+    def on_predict_epoch_start(self) -> None:
+        """Run as many passes as the process with the most batches: sharded weights are gathered by all together.
+
+        Lightning gives no caption to two processes, so some of them may have a batch less than others.
+        """
+        batches = float(sum(self.trainer.num_predict_batches))
+        most = float(self.trainer.strategy.reduce(torch.tensor(batches, device=self.device), reduce_op="max"))
+        for _ in range(int(most - batches) if math.isfinite(most) else 0):
+            self.sample([""])
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return images (B, 3, H, W) in [-1, 1] of the batch's captions, image i from the noise of number i.

@@ -6,14 +6,18 @@ one. So gradients, clipping and checkpoints have one code path.
 
 from __future__ import annotations
 
-import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -22,15 +26,21 @@ from lightning.pytorch.strategies import (
     Strategy,
     StrategyRegistry,
 )
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import async_save, save
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
+
+from advdmd_lightning.checkpoints import FolderWriter, PendingSave, weights_in
 
 ShardOver = Literal["all", "node", "none"]
 COMPUTE_DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16}
@@ -68,14 +78,23 @@ class FSDP2Strategy(Sharding, ModelParallelStrategy):
             each other; ``none``: every process has all weights, as in plain data parallelism.
         save_distributed_checkpoint: Checkpoints are folders into which every process writes its shards; False writes
             one file, gathered on the first process.
+        asynchronous_saves: Folders are written while the training goes on, which waits only for a copy in host memory;
+            False, or a save outside the training or at its end, waits until the checkpoint is in its place.
         arguments: Further arguments of ``ModelParallelStrategy``.
     """
 
     def __init__(
-        self, shard_over: ShardOver = "all", save_distributed_checkpoint: bool = True, **arguments: Any
+        self,
+        shard_over: ShardOver = "all",
+        save_distributed_checkpoint: bool = True,
+        asynchronous_saves: bool = True,
+        **arguments: Any,
     ) -> None:
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, **arguments)
-        self.shard_over = shard_over
+        self.shard_over, self.asynchronous_saves = shard_over, asynchronous_saves
+        self._pending: PendingSave | None = None
+        self._saved_again: Counter[Path] = Counter()
+        self._saving_processes: torch.distributed.ProcessGroup | None = None
 
     def setup_environment(self) -> None:
         """Let all processes read different data, and make the mesh."""
@@ -83,42 +102,94 @@ class FSDP2Strategy(Sharding, ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = world, 1
         super().setup_environment()
         self.mesh = make_mesh(self.root_device.type, self.shard_over, self.num_nodes, self.num_processes)
+        if self._saving_processes is None:  # what they say to each other must not mix with the training's words
+            self._saving_processes = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
 
     def setup(self, trainer: L.Trainer) -> None:
         """Keep Lightning from evaluating in inference mode, in which FSDP2 cannot make its tensors."""
         super().setup(trainer)
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
+        callbacks = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+        links = any(callback.save_last == "link" for callback in callbacks)
+        if links and self.asynchronous_saves and self._save_distributed_checkpoint:
+            self.asynchronous_saves = False
+            rank_zero_warn(
+                "`save_last: link` of ModelCheckpoint would point to a checkpoint that is not whole yet, so the "
+                "training waits for each save. To go on meanwhile, set `save_last: true` and `save_top_k: 0`."
+            )
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the module's weights; shards stay on their device until they are copied or written."""
+        if not self._save_distributed_checkpoint:
+            return super().lightning_module_state_dict()
+        return get_model_state_dict(cast("nn.Module", self.model))
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return an optimizer's state; shards as above."""
+        if not self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        unwrapped = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return get_optimizer_state_dict(cast("nn.Module", self.model), unwrapped)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write a folder of shards under another name, and put it into its place once it is whole."""
         path = Path(self.broadcast(filepath))
-        if not self._save_distributed_checkpoint:
+        if not self._save_distributed_checkpoint or storage_options is not None:  # which Lightning refuses
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        aside = path.parent / ".saving"  # where no search for checkpoints looks
-        partial, old = aside / path.name, aside / f"{path.name}.old"
+        if self._pending is not None and self._pending.place == path:
+            self._saved_again[path] += 1
+        self.finish_saving()
+        state = {"state_dict": checkpoint.pop("state_dict")}
+        state |= {f"optimizer_{n}": each for n, each in enumerate(checkpoint.pop("optimizer_states", ()))}
+        writer = FolderWriter(path)
         if self.is_global_zero:
-            if old.exists() and not path.exists():  # a save ended between the two renames below
-                old.rename(path)
-            _remove(old)
-            _remove(partial)
+            writer.begin(checkpoint)
         self.barrier()
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        self.barrier()
-        if self.is_global_zero:
-            if path.exists():
-                path.rename(old)
-            partial.rename(path)
-            _remove(old)
-            if not any(aside.iterdir()):
-                aside.rmdir()
-        self.barrier()
+        if self.asynchronous_saves and self._goes_on():
+            written = async_save(state, storage_writer=writer, process_group=self._saving_processes)
+            self._pending = PendingSave(path, cast("Future[Any]", written))
+        else:
+            save(state, storage_writer=writer, process_group=self._saving_processes)
+
+    def _goes_on(self) -> bool:
+        """Whether the training does, after this save."""
+        assert self.lightning_module is not None, "Lightning saves after the set-up"
+        trainer = self.lightning_module.trainer
+        fitting = trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
+        return fitting and not trainer.should_stop
+
+    def finish_saving(self) -> None:
+        """Wait until the save that is under way, if there is one, is in its place.
+
+        Raises:
+            RuntimeError: It could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.wait()
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Delete a checkpoint, but none before the save that is under way is in its place."""
+        path = Path(filepath)
+        if self._saved_again[path]:  # two callbacks gave it one name, the second before it could see the first one's
+            self._saved_again[path] -= 1
+        elif self._pending is None:
+            super().remove_checkpoint(path)
+        else:
+            self._pending.then(partial(super().remove_checkpoint, path))
+
+    def teardown(self) -> None:
+        """Wait for the last save."""
+        self.finish_saving()
+        super().teardown()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a folder of shards, or a single file; Lightning's own way with a file knows one optimizer only."""
+        self.finish_saving()
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
             names = weights_in(path)
@@ -159,26 +230,6 @@ def read_shards(strategy: Strategy) -> None:
     """Let a strategy that does not shard load what one that does has written, unless it has files of its own kind."""
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = ShardReadingIO()
-
-
-def weights_in(folder: Path) -> set[str]:
-    """Return the names of the weights in a folder of shards.
-
-    Raises:
-        ValueError: It is not a whole checkpoint.
-    """
-    if not (folder / ".metadata").exists():
-        raise ValueError(f"{folder} is not a whole checkpoint: the run that wrote it was interrupted; take another one")
-    found = FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {name.removeprefix("state_dict.") for name in found if name.startswith("state_dict.")}
-
-
-def _remove(path: Path) -> None:
-    """Delete a file or a folder, if there is one."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _by_name(saved: dict[str, Any], optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:

@@ -17,28 +17,50 @@ ROOT = Path(__file__).resolve().parent.parent
 GLOBAL_BATCH = 8
 
 
-def launch(processes: int, folder: Path, nodes: int = 1, **options) -> None:
-    """Run ``main`` in so many processes, with one thread each; results come as files in ``folder``.
+def launch(
+    processes: int, folder: Path, nodes: int = 1, script: str = "distributed.py", slurm: bool = False, **options
+) -> None:
+    """Run the script's ``main`` in so many processes, with one thread each; results come as files in ``folder``.
 
     Args:
         processes: On all nodes together.
         folder: Of the results and checkpoints.
         nodes: How many nodes this machine plays.
+        script: This one, or another one beside it.
+        slurm: Start them as SLURM does; its ``scontrol`` notes in ``asked`` what is asked and what lies in the folder.
         options: Arguments of ``main``.
     """
-    script = [str(ROOT / "tests" / "distributed.py"), json.dumps({"folder": str(folder), "nodes": nodes} | options)]
+    call = [str(ROOT / "tests" / script), json.dumps({"folder": str(folder), "nodes": nodes} | options)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     torchrun = [str(Path(sysconfig.get_path("scripts")) / "torchrun"), f"--nproc-per-node={processes // nodes}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started, port = [], free_port()
-    for node in range(nodes):
+    for rank in range(processes if slurm else 0):
+        job = environment | slurm_job(folder, rank, processes, port)
+        started.append(subprocess.Popen([sys.executable, *call], env=job, **pipes))
+    for node in range(0 if slurm else nodes):
         place = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", f"--node-rank={node}"]
         address = ["--master-addr=127.0.0.1", f"--master-port={port}"] if nodes > 1 else []
-        command = [*([*torchrun, *place, *address] if processes > 1 else [sys.executable]), *script]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        command = [*([*torchrun, *place, *address] if processes > 1 else [sys.executable]), *call]
         started.append(subprocess.Popen(command, env=environment, **pipes))
     outputs = [process.communicate(timeout=300)[0] for process in started]
     assert all(process.returncode == 0 for process in started), "\n".join(outputs)
+
+
+def slurm_job(folder: Path, rank: int, processes: int, port: int) -> dict[str, str]:
+    """Return what SLURM tells a task of a job on one node, and a scheduler that is a script."""
+    scontrol = folder / "tools" / "scontrol"
+    scontrol.parent.mkdir(exist_ok=True)
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {folder}/asked\nls -A {folder} >> {folder}/asked\n')
+    scontrol.chmod(0o755)
+    job = {"JOB_ID": 17, "JOB_NAME": "train", "NODEID": 0, "PROCID": rank, "LOCALID": rank, "NODELIST": "localhost"}
+    job |= {"NTASKS": processes, "NTASKS_PER_NODE": processes, "NNODES": 1}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": processes}
+    path = f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}"
+    return {name: str(value) for name, value in ({f"SLURM_{n}": v for n, v in job.items()} | place).items()} | {
+        "PATH": path
+    }
 
 
 def free_port() -> int:
@@ -63,6 +85,7 @@ def main(
     nodes: int = 1,
     signal_at: int | None = None,
     decay: float | None = 0.9,
+    predict: int = 0,
 ) -> None:
     """Train on a fixed global batch, of which each process takes its part, and write what came out."""
     import lightning as L
@@ -116,7 +139,7 @@ def main(
             if trainer.global_step == save_at:
                 trainer.save_checkpoint(Path(folder) / f"{name}.ckpt")
 
-    record, samples = Record(), SampleLogger(CAPTIONS, every=cycles, folder=str(Path(folder) / name))
+    record, samples = Record(), SampleLogger(CAPTIONS, every=max(1, cycles), folder=str(Path(folder) / name))
     averages = [] if decay is None else [GeneratorEMA(decay)]
     trainer = L.Trainer(
         accelerator="cpu",
@@ -138,6 +161,11 @@ def main(
         get_backend=lambda: "nccl"
     )  # as Lightning sees it on GPUs, where it evaluates in inference mode
     (scores,) = trainer.validate(module, data, verbose=False)
+    if predict:
+        captions = ShapesCaptions(per_category=1)
+        captions.captions = captions.captions[:predict]
+        images = trainer.predict(module, tiny_data(validation=captions, validation_batch_size=1))
+        torch.save(torch.cat(images), Path(folder) / f"{name}-{rank}.pt")
     student = module.student().state_dict()
     mesh = list(trainer.strategy.mesh.shape) if isinstance(trainer.strategy, FSDP2Strategy) else None
     weight = next(iter(module.generator.parameters()))

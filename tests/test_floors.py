@@ -35,6 +35,7 @@ FLOORS = {
     "shapes.pretrain": 2,
     "rollout": 2,
     "checks": 2,
+    "checkpoints": 0,
     "strategies": 0,
     "data": 3,
     "updates": 3,

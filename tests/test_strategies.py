@@ -10,9 +10,11 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from PIL import Image
 
-from advdmd_lightning.strategies import FSDP2Strategy, sharding_mesh, weights_in
+from advdmd_lightning.checkpoints import weights_in
+from advdmd_lightning.data import ShapesCaptions
+from advdmd_lightning.strategies import FSDP2Strategy, sharding_mesh
 from tests.distributed import launch
-from tests.training import same, tiny_module
+from tests.training import same, tiny_data, tiny_module, tiny_trainer
 
 MINUTES = "tested with copies: what is replicated and how files are written does not know the form, and time is short"
 LOCAL = ("grad_norm/x0_", "samples/")  # of a process's own samples, averaged, and not of all samples together
@@ -121,6 +123,27 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(tmp_path):
     launch(1, tmp_path, name="straight", cycles=4)
     weights, _ = largest_difference(result(tmp_path, "straight"), result(tmp_path, "resumed"))
     assert weights < 1e-5
+
+
+def test_a_requeued_slurm_job_goes_on_from_its_last_whole_checkpoint(tmp_path):
+    launch(2, tmp_path, slurm=True, name="stopped", strategy="fsdp2", cycles=4, signal_at=1)
+    asked, *there = (tmp_path / "asked").read_text().split("\n")
+    assert asked == "requeue 17"
+    assert "hpc_ckpt_1.ckpt" in there  # when the job may be ended
+    assert ".saving" not in there
+    (tmp_path / ".saving" / "hpc_ckpt_2.ckpt").mkdir(parents=True)  # as from a job that was ended meanwhile
+    launch(2, tmp_path, slurm=True, name="resumed", strategy="fsdp2", cycles=3)
+    assert [len(result(tmp_path, name)["cycles"]) for name in ("stopped", "resumed")] == [2, 1]
+
+
+def test_predict_with_a_caption_more_on_one_process_than_on_the_other(tmp_path):
+    """Sharded weights are gathered by both: without as many passes each, one waits for ever. No image comes twice."""
+    launch(2, tmp_path, name="predicted", strategy="fsdp2", cycles=0, predict=5)
+    first, second = result(tmp_path, "predicted-0"), result(tmp_path, "predicted-1")
+    data = tiny_data(validation=ShapesCaptions(per_category=1), validation_batch_size=1)
+    expected = torch.cat(tiny_trainer(tmp_path).predict(tiny_module(), data))
+    torch.testing.assert_close(first, expected[[0, 2, 4]], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(second, expected[[1, 3]], rtol=1e-4, atol=1e-4)
 
 
 def test_shards_with_and_without_an_average(tmp_path):

@@ -85,8 +85,20 @@ class ImageCaptionDataModule(L.LightningDataModule):
         return self._evaluation_loader()
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Return the loader of ``validation``."""
-        return self._evaluation_loader()
+        """Return the loader of ``validation``.
+
+        Raises:
+            ValueError: There are fewer samples than processes, of which Lightning gives each at least one.
+        """
+        loader = self._evaluation_loader()
+        processes = self.trainer.world_size if self.trainer is not None else 1
+        samples = len(loader.dataset)  # type: ignore[arg-type]  # torch's type has no length
+        if samples < processes:
+            raise ValueError(
+                f"data.validation has {samples} samples for {processes} processes: predict on {samples} at most, by "
+                "trainer.devices and trainer.num_nodes."
+            )
+        return loader
 
     def _sampler(self) -> PassSampler:
         ranks = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None

@@ -202,6 +202,13 @@ def test_no_validation_source(tmp_path, stage):
         getattr(trainer(tmp_path), stage)(Recorder(), datamodule=data_module())
 
 
+def test_fewer_captions_than_processes():
+    data = data_module(validation=ShapesCaptions(1))
+    data.trainer = L.Trainer(accelerator="cpu", devices=7, strategy="ddp", logger=False)
+    with pytest.raises(ValueError, match=r"data\.validation has 6 samples for 7 processes: predict on 6 at most"):
+        data.predict_dataloader()
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("batch_size", 0), ("num_workers", -1), ("seed", -1), ("steps_per_epoch", 0), ("validation_batch_size", 0)],
