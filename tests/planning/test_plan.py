@@ -98,13 +98,12 @@ def test_what_rests_in_main_memory_does_not_count(plan):
     offloaded = command.plan_of(words("--model.networks.offload=[teacher,encoders]"), cli.read)
     assert plan.peak(True)["weights"] - offloaded.peak(True)["weights"] == trained + buffers
     assert offloaded.peak(True)["encoders"] == 0
-    assert offloaded.peak(True)["working"] <= plan.peak(True)["working"]
+    assert offloaded.peak(True)["working"] == pytest.approx(plan.peak(True)["working"], rel=0.02)
 
 
 def test_counting_on_from_two_micro_batches_is_running_them_all():
-    config, build = cli.read(
-        words("--model.networks.micro_batch=2", "--model.grpo.micro_batch=2", "--data.batch_size=6")
-    )
+    few_at_once = ("--model.networks.micro_batch=2", "--model.grpo.micro_batch=2", "--data.batch_size=6")
+    config, build = cli.read(words(*few_at_once))
     few = command.settings_of(config, build)
     all_at_once = dataclasses.replace(few, micro_batch=None, policy_micro_batch=ROLLOUT)
     counted, ran = make_plan(few), make_plan(all_at_once)  # the module has its micro-batches in both
