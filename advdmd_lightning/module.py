@@ -145,6 +145,7 @@ class AdvDMDModule(FewStepSampling):
         self.discriminator_settings, self.clip, self.networks = discriminator, clip, networks
         self.rewards = list(rewards) if rewards is not None else [DiscriminatorReward()]
         check_objective(distillation, discriminator, grpo, self.rewards, transition, self.grid)
+        backbone.defers_weights = networks.read == "first"
         self.roles = roles(backbone)
         blocks = discriminator.blocks or backbone.feature_blocks()
         self.discriminator = Discriminator(blocks, backbone.feature_channels, discriminator.hidden)
@@ -190,13 +191,15 @@ class AdvDMDModule(FewStepSampling):
             self.backbone.offload_encoders(device)
         if mesh is None:
             read_shards(self.trainer.strategy)
+            self.roles.fill(device)
             if "teacher" in offload:
                 self.roles.offload_teacher(device)
             return
         dtype = compute_dtype(str(self.trainer.precision))
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        trained = [p for p in self.parameters() if p.requires_grad and not p.is_meta]
         broadcast_parameters(trained, device)
         self.roles.shard(mesh, dtype, "teacher" in offload)
+        self.roles.fill(device)
         shard(self.discriminator, (), mesh, None)
 
     # ------------------------------------------------------------------ one cycle

@@ -176,6 +176,8 @@ class NetworkSettings:
             chooses. ``flash`` takes no masks, which Qwen-Image has.
         offload: what rests in main memory and comes to the device in pieces while it runs: ``teacher``, ``encoders``
             (text encoders and VAE), both or nothing. For encoders that is worth it where batches come encoded.
+        read: who reads the pretrained networks: ``each`` process, whole, before they are cut; or the ``first`` alone,
+            weight by weight, and the others receive their shards, for networks that do not fit main memory as often.
     """
 
     checkpoint_every: int | None = None
@@ -184,6 +186,7 @@ class NetworkSettings:
     reduce_every_pass: bool = False
     attention: Literal["flash", "efficient", "cudnn", "math"] | None = None
     offload: tuple[Literal["teacher", "encoders"], ...] = ()
+    read: Literal["each", "first"] = "each"
 
     def __post_init__(self) -> None:
         """Check the range."""

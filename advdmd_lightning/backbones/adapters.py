@@ -42,7 +42,7 @@ class Adapters(Roles):
                 f"roles.init_args.rank, alpha: expected a rank >= 1 and an alpha > 0, got {rank} and {alpha}. Try 32 "
                 "and 64."
             )
-        shared = SharedNetwork(backbone.new_network(backbone.dtype))
+        shared = SharedNetwork(backbone.network_of_role(backbone.dtype))
         for name in (GENERATOR, FAKE_SCORE):
             shared.add(name, rank, alpha, targets or backbone.lora_targets())
         super().__init__(
@@ -84,6 +84,11 @@ class SharedNetwork:
         others = [type(layer).__name__ for layer in self._layers if not isinstance(layer, LoraLinear)]
         if others:
             raise ValueError(f"roles.init_args.targets: {list(targets)} name layers that are not linear: {others}.")
+        for layer in self.layers(name).values():
+            if layer.lora_A[name].weight.is_meta:  # as the layer's own, which gets its values later
+                layer.lora_A[name].to_empty(device="cpu")
+                layer.lora_B[name].to_empty(device="cpu")
+                layer.reset_lora_parameters(name, init_lora_weights=True)
         for matrix in self.matrices(name).values():
             matrix.float()
         self._activate(self.active)

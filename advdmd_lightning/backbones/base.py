@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ class Backbone(HoldsFrozen, ABC):
         num_blocks: Number of transformer blocks; taps are block indices in [0, num_blocks).
         feature_channels: Channels D of a feature map.
         dtype: Precision of everything frozen (text encoders, VAE, teacher).
+        defers_weights: Whether networks of roles begin without values, which ``fill_network`` gives them later.
     """
 
     _place: Tensor
@@ -54,6 +55,7 @@ class Backbone(HoldsFrozen, ABC):
         self.num_blocks = num_blocks
         self.feature_channels = feature_channels
         self.dtype = dtype
+        self.defers_weights = False
         self.register_buffer("_place", torch.empty(0), persistent=False)
 
     @property
@@ -89,6 +91,18 @@ class Backbone(HoldsFrozen, ABC):
     @abstractmethod
     def new_network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return a fresh copy of the pretrained network, for one role, on the CPU."""
+
+    @abstractmethod
+    def empty_network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Return the same network with parameters that have no storage."""
+
+    @abstractmethod
+    def stored_weights(self) -> Mapping[str, Callable[[], Tensor]]:
+        """Return what reads each weight of the pretrained network, by its name."""
+
+    def network_of_role(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Return a network for one role, with values unless ``defers_weights``."""
+        return self.empty_network(dtype) if self.defers_weights else self.new_network(dtype)
 
     @abstractmethod
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -6,7 +6,7 @@ The text encoder and the VAE are used through the stock pipeline's own code, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from advdmd_lightning.backbones.base import Backbone, input_dtype
+from advdmd_lightning.backbones.deferred import skeleton, stored_weights
 from advdmd_lightning.backbones.pretrained import (
     DTYPE_ARGUMENT,
     KEY,
@@ -111,7 +112,7 @@ class QwenImageBackbone(Backbone):
             dtype=getattr(torch, dtype),
         )
         self.max_sequence_length, self.weights = max_sequence_length, weights
-        self._source = {"pretrained_model_name_or_path": source, "revision": revision}
+        self._source: dict[str, Any] = {"pretrained_model_name_or_path": source, "revision": revision}
         self._pipeline = pipeline
         self.hold("vae", pipeline.vae)
         self.hold("text_encoder", pipeline.text_encoder)
@@ -162,6 +163,16 @@ class QwenImageBackbone(Backbone):
             return random_network(QwenImageTransformer2DModel, self._pipeline.transformer.config, dtype)
         arguments = {"subfolder": "transformer", DTYPE_ARGUMENT: dtype}
         return QwenImageTransformer2DModel.from_pretrained(**self._source, **arguments)
+
+    def empty_network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Build it from its configuration; see the base class."""
+        return skeleton(lambda: random_network(QwenImageTransformer2DModel, self._pipeline.transformer.config, dtype))
+
+    def stored_weights(self) -> Mapping[str, Callable[[], Tensor]]:
+        """Look into the checkpoint's files; random weights are made; see the base class."""
+        if self.weights == "random":
+            return {name: weight.clone for name, weight in self.new_network().state_dict().items()}
+        return stored_weights(**self._source, subfolder="transformer")
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Call the transformer at timestep ``t``; see the base class.

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from advdmd_lightning.backbones.base import Backbone
 from advdmd_lightning.backbones.blocks import checkpoint_blocks, compile_blocks
+from advdmd_lightning.backbones.deferred import fill
 from advdmd_lightning.backbones.frozen import HoldsFrozen
 from advdmd_lightning.backbones.sharding import reshard, shard, synchronize
 from advdmd_lightning.records import Condition
@@ -93,8 +94,9 @@ class Role(HoldsFrozen):
 
     def standalone(self) -> nn.Module:
         """Return a fresh float32 network, on the CPU, that does alone what this role does now."""
-        network = self.backbone.new_network()
-        network.load_state_dict({name: full(weight) for name, weight in self.network.state_dict().items()})
+        network = self.backbone.empty_network()
+        weights = {name: full(weight).float() for name, weight in self.network.state_dict().items()}
+        network.load_state_dict(weights, assign=True)
         return network.requires_grad_(False).eval()
 
     def trained_weights(self) -> dict[str, nn.Parameter]:
@@ -156,6 +158,15 @@ class Roles(nn.Module):
             if offload:
                 role.let_go(role.network)
 
+    def fill(self, device: torch.device) -> None:
+        """Give networks that were made without values their own, once, after ``shard``; all processes must ask.
+
+        Args:
+            device: Where they go.
+        """
+        for role in self._networks():
+            fill(role.network, role.backbone.stored_weights, device)
+
     def offload_teacher(self, device: torch.device) -> None:
         """Leave the teacher in main memory, and bring its blocks to a device one after another while they run.
 
@@ -187,7 +198,7 @@ class Copies(Roles):
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(
-            generator=Role(backbone, backbone.new_network()),
-            fake_score=Role(backbone, backbone.new_network()),
-            teacher=Role(backbone, backbone.new_network(backbone.dtype), frozen=True),
+            generator=Role(backbone, backbone.network_of_role()),
+            fake_score=Role(backbone, backbone.network_of_role()),
+            teacher=Role(backbone, backbone.network_of_role(backbone.dtype), frozen=True),
         )

@@ -6,7 +6,7 @@ The text encoders and the VAE are used through the stock pipeline's own code, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from advdmd_lightning.backbones.base import Backbone, input_dtype
+from advdmd_lightning.backbones.deferred import skeleton, stored_weights
 from advdmd_lightning.backbones.pretrained import (
     DTYPE_ARGUMENT,
     KEY,
@@ -101,7 +102,7 @@ class SD3Backbone(Backbone):
             dtype=getattr(torch, dtype),
         )
         self.max_sequence_length, self.weights = max_sequence_length, weights
-        self._source = {"pretrained_model_name_or_path": source, "revision": revision}
+        self._source: dict[str, Any] = {"pretrained_model_name_or_path": source, "revision": revision}
         self._pipeline = pipeline
         self._patch_size: int = config.patch_size
         self.hold("vae", pipeline.vae)
@@ -152,6 +153,16 @@ class SD3Backbone(Backbone):
         if self.weights == "random":
             return random_network(SD3Transformer2DModel, self._pipeline.transformer.config, dtype)
         return SD3Transformer2DModel.from_pretrained(**self._source, subfolder="transformer", **{DTYPE_ARGUMENT: dtype})
+
+    def empty_network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Build it from its configuration; see the base class."""
+        return skeleton(lambda: random_network(SD3Transformer2DModel, self._pipeline.transformer.config, dtype))
+
+    def stored_weights(self) -> Mapping[str, Callable[[], Tensor]]:
+        """Look into the checkpoint's files; random weights are made; see the base class."""
+        if self.weights == "random":
+            return {name: weight.clone for name, weight in self.new_network().state_dict().items()}
+        return stored_weights(**self._source, subfolder="transformer")
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Call the transformer at timestep ``1000 t``; see the base class."""

@@ -11,12 +11,15 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from advdmd_lightning.backbones import Adapters, Copies, QwenImageBackbone, SD3Backbone
+from advdmd_lightning.backbones.deferred import fill, stored_weights
+from advdmd_lightning.backbones.roles import full
 from advdmd_lightning.embedded import ARCHITECTURES, architecture
 from advdmd_lightning.planning.ledger import Ledger
 from advdmd_lightning.settings import NetworkSettings
 from tests.backbones.conftest import new_backbone
 from tests.tiny import CAPTIONS, build_qwen, build_sd3
 
+CPU = torch.device("cpu")
 FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 
@@ -95,6 +98,38 @@ def test_a_sharded_teacher_is_offloaded_too(backbone, inputs, mesh):
 def test_a_teacher_without_a_network_of_its_own_cannot_be_offloaded(backbone):
     with pytest.raises(ValueError, match=r"model.networks.offload has `teacher`.*leave `teacher` out"):
         Adapters(backbone).offload_teacher(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+@pytest.mark.parametrize("form", [Copies, Adapters])
+@pytest.mark.parametrize("family", ["sd35", "qwen"])
+def test_networks_that_get_their_weights_later_are_the_same(family, form, cut, mesh):
+    expected, later = new_backbone(family), new_backbone(family)
+    later.defers_weights = True
+    before, roles = form(expected), form(later)
+    assert all(p.is_meta for name, p in roles.teacher.network.named_parameters() if "lora" not in name)
+    if cut:
+        roles.shard(mesh, None)
+    roles.fill(torch.device("cpu"))
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), expected.encode_text(CAPTIONS)
+    for role in ("generator", "fake_score", "teacher"):
+        velocities = [getattr(each, role)(*inputs) for each in (before, roles)]
+        assert_close(*velocities, atol=1e-6, rtol=1e-6)
+    trained = [{name: p.shape for name, p in each.generator.trained_weights().items()} for each in (before, roles)]
+    assert trained[0] == trained[1]
+    assert [p.requires_grad for p in before.parameters()] == [p.requires_grad for p in roles.parameters()]
+    assert all(full(p).any() for name, p in roles.generator.trained_weights().items() if "lora_A" in name)
+
+
+def test_files_that_lack_a_weight_are_refused(backbone):
+    network = backbone.empty_network()
+    with pytest.raises(ValueError, match="lack 2 weights of the network, such as proj_out"):
+        fill(network, lambda: {n: w for n, w in backbone.stored_weights().items() if "proj_out" not in n}, CPU)
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="transformer has no safetensors files, which model.networks.read: first"):
+        stored_weights(str(tmp_path), None, subfolder="transformer")
 
 
 @pytest.mark.parametrize(
