@@ -86,6 +86,7 @@ def main(
     signal_at: int | None = None,
     decay: float | None = 0.9,
     predict: int = 0,
+    read: str = "each",
 ) -> None:
     """Train on a fixed global batch, of which each process takes its part, and write what came out."""
     import lightning as L
@@ -110,10 +111,14 @@ def main(
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     # With a usual epsilon Adam turns the rounding of gradients that should be zero into whole steps.
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-3, eps=1e-3)
+    pretrained = build_sd3()
+    if read == "first" and rank > 0:  # who does not read can do without
+        for weights in pretrained.glob("transformer/*.safetensors"):
+            weights.unlink()
     module = tiny_module(
-        backbone=SD3Backbone(str(build_sd3()), resolution=24, max_sequence_length=0, dtype=dtype),
+        backbone=SD3Backbone(str(pretrained), resolution=24, max_sequence_length=0, dtype=dtype),
         roles=Copies if form == "copies" else functools.partial(Adapters, rank=4),
-        networks=NetworkSettings(checkpoint_every=2, micro_batch=2 if world > 1 else None),
+        networks=NetworkSettings(checkpoint_every=2, micro_batch=2 if world > 1 else None, read=read),
         discriminator=DiscriminatorSettings(hidden=32, weight=0.1, last_step=0.1, mismatched=0.3),
         metrics={"brightness": Brightness()},
         grpo=GRPOSettings(weight=10.0, group_size=4, micro_batch=micro_batch),

@@ -62,7 +62,8 @@ def test_two_processes_train_what_one_trains(folder, alone, strategy):
     if form == "adapters" and strategy != "fsdp2":
         pytest.skip(MINUTES)
     name = f"{strategy}-{form}"
-    launch(2, folder, name=name, form=form, strategy=strategy, micro_batch=2, save_at=6)
+    read = "first" if name == "fsdp2-copies" else "each"  # adapters begin with other random numbers then
+    launch(2, folder, name=name, form=form, strategy=strategy, micro_batch=2, save_at=6, read=read)
     expected, found = result(folder, reference), result(folder, name)
     assert [cycle["grpo/gate"] for cycle in found["cycles"]] == [0, 0] + [1] * 8
     weights, measures = largest_difference(expected, found)

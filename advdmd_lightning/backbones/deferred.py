@@ -66,6 +66,8 @@ def fill(network: nn.Module, read: Read, device: torch.device) -> None:
         ValueError: The files lack a parameter.
     """
     empty = {name: parameter for name, parameter in network.named_parameters() if parameter.is_meta}
+    if not empty:
+        return
     cut = any(isinstance(parameter, DTensor) for parameter in empty.values())
     reads = not cut or torch.distributed.get_rank() == 0
     stored = read() if reads else {}

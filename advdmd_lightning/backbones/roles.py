@@ -95,7 +95,8 @@ class Role(HoldsFrozen):
     def standalone(self) -> nn.Module:
         """Return a fresh float32 network, on the CPU, that does alone what this role does now."""
         network = self.backbone.empty_network()
-        weights = {name: full(weight).float() for name, weight in self.network.state_dict().items()}
+        state = self.network.state_dict()
+        weights = {name: full(weight).to(torch.float32, copy=True) for name, weight in state.items()}
         network.load_state_dict(weights, assign=True)
         return network.requires_grad_(False).eval()
 

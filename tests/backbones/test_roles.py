@@ -109,6 +109,15 @@ def test_dtype_is_that_of_the_frozen_teacher(sd3_folder):
     assert dtypes == [torch.float32, torch.float32, torch.bfloat16]
 
 
+def test_a_standalone_network_keeps_its_weights_when_the_role_trains_on(owner, inputs):
+    network = owner.roles.generator.standalone()
+    before = owner.roles.generator(*inputs)
+    with torch.no_grad():
+        for weight in owner.roles.generator.trained_weights().values():
+            weight.add_(1.0)
+    torch.testing.assert_close(owner.roles.generator.backbone.velocity(network, *inputs), before)
+
+
 def test_deepcopy_is_independent_and_keeps_its_held_modules(owner, inputs):
     twin = copy.deepcopy(owner)
     assert twin.roles.teacher.network is not owner.roles.teacher.network
