@@ -31,13 +31,13 @@ class WeightAverage(nn.Module):
         super().__init__()
         for name, weight in weights.items():
             copy = weight.detach().to(torch.float32, copy=True)
-            self.register_parameter(_key(name), nn.Parameter(copy, requires_grad=False))
+            self.register_parameter(key_of(name), nn.Parameter(copy, requires_grad=False))
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor], decay: float) -> None:
         """Take over the share ``1 - decay`` of the weights' values; 0 makes the average equal to them."""
         for name, weight in weights.items():
-            self.get_parameter(_key(name)).lerp_(weight.detach().float(), 1 - decay)
+            self.get_parameter(key_of(name)).lerp_(weight.detach().float(), 1 - decay)
 
     @contextmanager
     def swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -46,7 +46,7 @@ class WeightAverage(nn.Module):
         try:
             with torch.no_grad():
                 for name, weight in weights.items():
-                    weight.copy_(self.get_parameter(_key(name)))
+                    weight.copy_(self.get_parameter(key_of(name)))
             yield
         finally:
             with torch.no_grad():
@@ -54,6 +54,6 @@ class WeightAverage(nn.Module):
                     weight.copy_(kept[name])
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
     """A name without dots, which torch does not allow in a parameter's own name."""
     return name.replace(".", "/")

@@ -1,16 +1,18 @@
 """The ``advdmd`` command: a stock ``LightningCLI`` over the module, the data module and the packaged recipes.
 
 ``advdmd fit --config NAME_OR_FILE [--any.key value ...]``, likewise ``validate``, ``test`` and ``predict``;
-``advdmd recipes`` lists the packaged recipes; ``advdmd plan`` says what one needs of each GPU. Keys that no class asks
-for are errors.
+``advdmd recipes`` lists the packaged recipes; ``advdmd plan`` says what one needs of each GPU; ``advdmd export`` writes
+a student for diffusers. Keys that no class asks for are errors.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,6 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import advdmd_lightning.callbacks  # noqa: F401  (recipes may name the callbacks by class alone)
 from advdmd_lightning.data import ImageCaptionDataModule
+from advdmd_lightning.export import command as exporting
 from advdmd_lightning.module import AdvDMDModule
 from advdmd_lightning.planning import command as planning
 from advdmd_lightning.recipes import recipe_names, recipe_summary, resolve_config
@@ -104,7 +107,12 @@ def print_recipes(args: Sequence[str] = ()) -> None:
 
 
 class _Reader(AdvDMDCLI):
-    """Parses a command line and makes nothing."""
+    """Parses a command line, or the ``config.yaml`` that a run leaves behind, and makes nothing."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Accept what only the stages themselves take."""
+        for name in ("ckpt_path", "weights_only", "verbose", "return_predictions"):
+            parser.add_argument(f"--{name}", type=Any, default=None, help=argparse.SUPPRESS)
 
     def instantiate_classes(self) -> None:
         """Leave that to others."""
@@ -146,8 +154,22 @@ def read(words: list[str]) -> tuple[Namespace, Callable[[Namespace], AdvDMDModul
 COMMANDS: Mapping[str, Callable[[list[str]], None]] = {
     "recipes": print_recipes,
     "plan": partial(planning.main, read=read),
+    "export": partial(exporting.main, read=read),
 }
 """What is not a stage of Lightning: first word -> what takes the others."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep notices that belong to a training, and those of stock code about parts that a pipeline has not, away."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -158,6 +180,7 @@ def main(args: list[str] | None = None) -> None:
     """
     words = sys.argv[1:] if args is None else args
     if words and words[0] in COMMANDS:
-        COMMANDS[words[0]](words[1:])
+        with _quiet():
+            COMMANDS[words[0]](words[1:])
     else:
         run(args if words else ["--help"])

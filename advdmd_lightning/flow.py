@@ -203,6 +203,36 @@ def few_step_grid(num_steps: int, shift: float) -> Tensor:
     return shift_time(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).float()
 
 
+def default_spacing(num_steps: int, shift: float) -> tuple[float, float | None]:
+    """Settings with which diffusers' scheduler, asked for K steps and no more, walks `few_step_grid` (O).
+
+    `FlowMatchEulerDiscreteScheduler.set_timesteps(K)` spaces K times evenly from 1 to the smallest of its 1000 training
+    times, which it has shifted once, shifts them, and then scales `1 - t` so that the last one is `shift_terminal`.
+    That and the trained grid are both fractions linear in the number of the step, so two numbers make them one.
+
+    Args:
+        num_steps: K, >= 1.
+        shift: Of the trained grid, > 0.
+
+    Returns:
+        The scheduler's `shift` and `shift_terminal`, None for one step.
+
+    Raises:
+        ValueError: If there are none, which takes a shift above 31 and as many steps.
+
+    >>> default_spacing(2, shift=3.0)
+    (1.5011278201864553, 0.75)
+    """
+    if num_steps == 1:
+        return shift, None
+    smallest = 1 / 1000
+    a = smallest * (shift - 1) * (num_steps - 1)
+    b, c = (1 - smallest) * (shift + num_steps - 1), (1 - smallest) * shift * num_steps
+    if b * b < 4 * a * c:
+        raise ValueError(f"No setting of diffusers' scheduler walks {num_steps} steps with a shift of {shift}.")
+    return 2 * c / (b + math.sqrt(b * b - 4 * a * c)), shift / (shift + num_steps - 1)
+
+
 # ---------------------------------------------------------------------------------------------- steps
 
 

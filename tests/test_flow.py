@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
@@ -17,6 +18,7 @@ from advdmd_lightning.flow import (
     Renoising,
     Transition,
     add_noise,
+    default_spacing,
     expand_time,
     few_step_grid,
     gaussian_kl,
@@ -132,6 +134,20 @@ def test_few_step_grid_falls_from_exactly_one_to_exactly_zero(shift):
 def test_impossible_grids_are_refused(arguments, key):
     with pytest.raises(ValueError, match=key):
         few_step_grid(*arguments)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 1.5, 3.0, 12.0])
+def test_default_spacing_makes_the_stock_scheduler_walk_the_grid(num_steps, shift):
+    stock_shift, last = default_spacing(num_steps, shift)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=stock_shift, shift_terminal=last)
+    scheduler.set_timesteps(num_steps)
+    assert_equal(scheduler.sigmas, few_step_grid(num_steps, shift), atol=3e-7)
+
+
+def test_default_spacing_that_there_is_none_of():
+    with pytest.raises(ValueError, match="walks 100 steps with a shift of 100"):
+        default_spacing(100, 100.0)
 
 
 # ------------------------------------------------------------------------------------------- transitions

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from advdmd_lightning.backbones.base import Backbone
 from advdmd_lightning.backbones.roles import Role, Roles, full
@@ -156,6 +156,18 @@ class AdapterRole(Role):
             a, b = (full(matrix[self.name].weight) for matrix in (layer.lora_A, layer.lora_B))
             network.get_parameter(f"{path}.weight").data += layer.scaling[self.name] * b @ a
         return network.requires_grad_(False).eval()
+
+    def lora(self) -> dict[str, Tensor]:
+        """Return the adapter on the CPU, ``LAYER.lora_A.weight`` and ``LAYER.lora_B.weight``, its scale within B.
+
+        So no reader has to know of an alpha: those that expect one take it to be the rank.
+        """
+        assert self.name is not None, "the frozen network alone has no adapter"
+        matrices = {}
+        for path, layer in self.shared.layers(self.name).items():
+            matrices[f"{path}.lora_A.weight"] = full(layer.lora_A[self.name].weight)
+            matrices[f"{path}.lora_B.weight"] = layer.scaling[self.name] * full(layer.lora_B[self.name].weight)
+        return matrices
 
     def recomputation(self) -> AbstractContextManager[None]:
         """Return the context of the adapter that is active now, whichever role asks."""

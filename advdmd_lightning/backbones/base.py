@@ -11,9 +11,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 from advdmd_lightning.backbones.frozen import HoldsFrozen
@@ -21,6 +24,19 @@ from advdmd_lightning.records import Condition
 
 DEFAULT_FEATURE_DEPTHS = (0.5, 0.75, 0.99)
 """Depths of the default feature taps as fractions of the blocks (R: published GAN-DMD2 code for MMDiT; in (0, 1])."""
+
+
+@dataclass(frozen=True)
+class StockUse:
+    """How a stock pipeline is used to sample as a backbone trains.
+
+    Attributes:
+        load: Arguments of ``from_pretrained``.
+        call: Arguments of the pipeline's call, besides prompt and number of steps.
+    """
+
+    load: Mapping[str, Any]
+    call: Mapping[str, Any]
 
 
 class Backbone(HoldsFrozen, ABC):
@@ -143,8 +159,30 @@ class Backbone(HoldsFrozen, ABC):
         """Return ``velocity`` and ``features`` from one full pass; the velocity is bitwise that of ``velocity``."""
 
     @abstractmethod
-    def save_pipeline(self, folder: str | Path, network: nn.Module) -> None:
-        """Write a stock diffusers pipeline folder with ``network`` as its transformer."""
+    def few_step_scheduler(self, num_steps: int, stochastic: bool) -> SchedulerMixin:
+        """Return a stock scheduler for a few-step student.
+
+        With it the stock pipeline, called for ``num_steps`` steps and no particular times, walks exactly
+        ``flow.few_step_grid(num_steps, shift)``.
+
+        Args:
+            num_steps: K, >= 1.
+            stochastic: Take the step of ``flow.Renoising``; otherwise that of ``flow.ODE``.
+        """
+
+    @abstractmethod
+    def stock_use(self) -> StockUse:
+        """Return how the stock pipeline is used to sample without guidance as this backbone trains."""
+
+    @abstractmethod
+    def save_pipeline(self, folder: str | Path, network: nn.Module, scheduler: SchedulerMixin | None = None) -> None:
+        """Write a stock diffusers pipeline folder.
+
+        Args:
+            folder: Where.
+            network: Becomes its transformer.
+            scheduler: Becomes its scheduler; None takes the checkpoint's, without noise, at this backbone's shift.
+        """
 
     @abstractmethod
     def blocks(self, network: nn.Module) -> Sequence[nn.Module]:

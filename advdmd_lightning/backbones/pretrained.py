@@ -147,16 +147,28 @@ def random_network(transformer: type[ModelMixin], config: Mapping[str, Any], dty
         return transformer.from_config(config)
 
 
+def scheduler_like(scheduler: FlowMatchEulerDiscreteScheduler, **settings: Any) -> FlowMatchEulerDiscreteScheduler:
+    """Return a copy of a scheduler whose times and steps depend on the given settings only."""
+    plain = {"use_dynamic_shifting": False, "shift_terminal": None, "stochastic_sampling": False}
+    return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **plain | settings)
+
+
 def sampling_shift(shift: float | None, scheduler: FlowMatchEulerDiscreteScheduler) -> float:
     """Return the time shift of the sampling grid: the given one, or the scheduler's.
 
     Raises:
-        ValueError: None is given and the scheduler's depends on the image size, or it is not > 0.
+        ValueError: None is given and the scheduler's depends on the image size or serves one number of steps, or it is
+            not > 0.
     """
     if shift is None and scheduler.config.use_dynamic_shifting:
         raise ValueError(
             "backbone.init_args.shift: this checkpoint's scheduler computes its shift from the image size, so none can "
             "be taken from it. Set a number, for instance 3.0."
+        )
+    if shift is None and scheduler.config.shift_terminal:
+        raise ValueError(
+            "backbone.init_args.shift: this checkpoint's scheduler stretches its times, as those of exported students "
+            "do, so no shift can be taken from it. Set the one that its README.md names, for instance 3.0."
         )
     value = scheduler.shift if shift is None else shift
     if value <= 0:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from advdmd_lightning.backbones.base import Backbone, input_dtype
+from advdmd_lightning.backbones.base import Backbone, StockUse, input_dtype
 from advdmd_lightning.backbones.deferred import skeleton, stored_weights
 from advdmd_lightning.backbones.pretrained import (
     DTYPE_ARGUMENT,
@@ -24,6 +24,7 @@ from advdmd_lightning.backbones.pretrained import (
     random_network,
     read_index,
     sampling_shift,
+    scheduler_like,
     without_notices,
 )
 from advdmd_lightning.backbones.taps import check_blocks, feature_map, first_blocks, tap
@@ -34,9 +35,9 @@ from advdmd_lightning.records import Condition
 with without_notices():
     from diffusers import (
         AutoencoderKLQwenImage,
-        FlowMatchEulerDiscreteScheduler,
         QwenImagePipeline,
         QwenImageTransformer2DModel,
+        SchedulerMixin,
     )
 
 LORA_TARGETS = (
@@ -57,7 +58,7 @@ class QwenImageBackbone(Backbone):
     """Qwen-Image, and any other pipeline of its class.
 
     The checkpoint's scheduler computes its shift from the image size, so ``shift`` must be given; pipelines written by
-    ``save_pipeline`` have it as a number. Their own grid is the trained one:
+    ``save_pipeline`` have it as a number. Their own grid is the trained one for any number of steps:
     ``pipe(prompt, num_inference_steps=K, true_cfg_scale=1)``.
 
     Guidance of the real score is the plain one of (3.1). The stock pipeline, asked for ``true_cfg_scale > 1``, also
@@ -199,11 +200,21 @@ class QwenImageBackbone(Backbone):
         height, width = _token_grid(x_t)
         return velocity, [feature_map(outputs[block][1], height, width) for block in blocks]
 
-    def save_pipeline(self, folder: str | Path, network: nn.Module) -> None:
-        """Write a ``QwenImagePipeline`` whose scheduler has this backbone's shift at any size; see the base class."""
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-            self._pipeline.scheduler.config, shift=self.shift, use_dynamic_shifting=False, shift_terminal=None
-        )
+    def few_step_scheduler(self, num_steps: int, stochastic: bool) -> SchedulerMixin:
+        """Return a scheduler with this backbone's shift, at any size and for any number of steps; see the base class.
+
+        The pipeline itself asks for evenly spaced times.
+        """
+        return scheduler_like(self._pipeline.scheduler, shift=self.shift, stochastic_sampling=stochastic)
+
+    def stock_use(self) -> StockUse:
+        """Return the size and length of training; see the base class."""
+        size = {"height": self.image_size, "width": self.image_size}
+        return StockUse({}, {"true_cfg_scale": 1.0, **size, "max_sequence_length": self.max_sequence_length})
+
+    def save_pipeline(self, folder: str | Path, network: nn.Module, scheduler: SchedulerMixin | None = None) -> None:
+        """Write a ``QwenImagePipeline``; see the base class."""
+        scheduler = scheduler or scheduler_like(self._pipeline.scheduler, shift=self.shift)
         components = {**self._pipeline.components, "transformer": network, "scheduler": scheduler}
         QwenImagePipeline(**components).save_pretrained(folder)
 

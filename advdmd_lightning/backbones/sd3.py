@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from advdmd_lightning.backbones.base import Backbone, input_dtype
+from advdmd_lightning.backbones.base import Backbone, StockUse, input_dtype
 from advdmd_lightning.backbones.deferred import skeleton, stored_weights
 from advdmd_lightning.backbones.pretrained import (
     DTYPE_ARGUMENT,
@@ -23,17 +23,19 @@ from advdmd_lightning.backbones.pretrained import (
     random_network,
     read_index,
     sampling_shift,
+    scheduler_like,
     without_notices,
 )
 from advdmd_lightning.backbones.taps import check_blocks, feature_map, tap
 from advdmd_lightning.embedded import architecture, locate
 from advdmd_lightning.equations import at_least_float32
+from advdmd_lightning.flow import default_spacing
 from advdmd_lightning.records import Condition
 
 with without_notices():
     from diffusers import (
         AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
+        SchedulerMixin,
         SD3Transformer2DModel,
         StableDiffusion3Pipeline,
     )
@@ -186,9 +188,21 @@ class SD3Backbone(Backbone):
             velocity = self.velocity(network, x_t, t, condition)
         return velocity, [self._feature_map(outputs[block], x_t) for block in blocks]
 
-    def save_pipeline(self, folder: str | Path, network: nn.Module) -> None:
-        """Write a ``StableDiffusion3Pipeline`` whose scheduler has this backbone's shift; see the base class."""
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._pipeline.scheduler.config, shift=self.shift)
+    def few_step_scheduler(self, num_steps: int, stochastic: bool) -> SchedulerMixin:
+        """Return a scheduler that stretches the pipeline's own times to the grid; see the base class."""
+        shift, last = default_spacing(num_steps, self.shift)
+        own = self._pipeline.scheduler
+        return scheduler_like(own, shift=shift, shift_terminal=last, stochastic_sampling=stochastic)
+
+    def stock_use(self) -> StockUse:
+        """Return the places of T5 that are empty, and the size and length of training; see the base class."""
+        empty = {name: None for name in ("text_encoder_3", "tokenizer_3") if self._pipeline.components[name] is None}
+        size = {"height": self.image_size, "width": self.image_size}
+        return StockUse(empty, {"guidance_scale": 1.0, **size, "max_sequence_length": self.max_sequence_length})
+
+    def save_pipeline(self, folder: str | Path, network: nn.Module, scheduler: SchedulerMixin | None = None) -> None:
+        """Write a ``StableDiffusion3Pipeline``; see the base class."""
+        scheduler = scheduler or scheduler_like(self._pipeline.scheduler, shift=self.shift)
         components = {**self._pipeline.components, "transformer": network, "scheduler": scheduler}
         StableDiffusion3Pipeline(**components).save_pretrained(folder)
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -54,11 +52,10 @@ def main(words: Sequence[str], read: Read) -> None:
     overrides = [f"--trainer.devices={known.devices}"] * (known.devices is not None)
     overrides += [f"--trainer.num_nodes={known.nodes}"] * (known.nodes is not None)
     try:
-        with _quiet():
-            plan = plan_of([*rest, *overrides], read)
-            print(describe(plan))
-            if not plan.fits(known.card):
-                print(f"\n{_remedy(plan, known.card, [*rest, *overrides], read)}")
+        plan = plan_of([*rest, *overrides], read)
+        print(describe(plan))
+        if not plan.fits(known.card):
+            print(f"\n{_remedy(plan, known.card, [*rest, *overrides], read)}")
     except ValueError as error:
         sys.exit(f"advdmd plan: {error}")
 
@@ -159,14 +156,3 @@ def _remedy(plan: Plan, card: int, words: list[str], read: Read) -> str:
         f"No change of passes or of the roles' form fits on {card} GB: take more GPUs with fsdp2, larger ones, or a "
         "smaller resolution"
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the Trainer's notices of a rehearsal to itself."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

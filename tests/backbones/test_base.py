@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 from contextlib import nullcontext
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from advdmd_lightning.backbones import Backbone
 from advdmd_lightning.backbones.blocks import checkpoint_blocks, compile_blocks
 from advdmd_lightning.backbones.roles import full
 from advdmd_lightning.backbones.sharding import reshard, shard
+from advdmd_lightning.flow import few_step_grid
 from advdmd_lightning.records import Condition
 from tests.backbones.conftest import new_backbone
 from tests.tiny import CAPTIONS
@@ -253,3 +256,32 @@ def test_early_exit_changes_nothing_that_others_see(backbone, inputs):
     assert during.keys() == before.keys()
     assert len(backbone.blocks(network)) == 4
     assert copy.deepcopy(network).state_dict().keys() == network.state_dict().keys()
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_the_stock_pipeline_walks_the_grid_of_few_steps(backbone, num_steps, stochastic, tmp_path):
+    scheduler = backbone.few_step_scheduler(num_steps, stochastic)
+    backbone.save_pipeline(tmp_path, backbone.new_network(), scheduler)
+    use, states = backbone.stock_use(), []
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path, **use.load)
+
+    def keep(pipeline, number, t, tensors):
+        states.append((t, tensors["latents"]))
+        return {}
+
+    pipeline(CAPTIONS[0], num_inference_steps=num_steps, output_type="latent", callback_on_step_end=keep, **use.call)
+    grid = few_step_grid(num_steps, backbone.shift)
+    torch.testing.assert_close(torch.stack([t for t, _ in states]), 1000 * grid[:-1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(pipeline.scheduler.sigmas, grid, rtol=0, atol=1e-7)
+    assert pipeline.scheduler.config.stochastic_sampling == stochastic
+
+
+def test_a_pipeline_is_saved_with_the_plain_schedule_again(backbone, tmp_path):
+    scheduler = backbone.few_step_scheduler(4, stochastic=True)
+    backbone.save_pipeline(tmp_path / "student", backbone.new_network(), scheduler)
+    arguments = {"pretrained": str(tmp_path / "student"), "resolution": 32, "max_sequence_length": 4}
+    type(backbone)(**arguments, shift=2.0).save_pipeline(tmp_path / "plain", backbone.new_network())
+    config = json.loads((tmp_path / "plain" / "scheduler" / "scheduler_config.json").read_text())
+    found = [config[name] for name in ("shift", "shift_terminal", "use_dynamic_shifting", "stochastic_sampling")]
+    assert found == [2.0, None, False, False]

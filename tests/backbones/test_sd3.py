@@ -187,6 +187,14 @@ def test_dynamic_shift_must_be_named(tmp_path):
     assert build(tmp_path, shift=2.0).shift == 2.0
 
 
+def test_shift_of_an_exported_student_must_be_named(tmp_path):
+    backbone = build(build_sd3())
+    backbone.save_pipeline(tmp_path, backbone.new_network(), backbone.few_step_scheduler(4, stochastic=True))
+    with pytest.raises(ValueError, match="backbone.init_args.shift: this checkpoint's scheduler stretches .* Set the"):
+        build(tmp_path)
+    assert build(tmp_path, shift=3.0).shift == 3.0
+
+
 @pytest.mark.parametrize("name", ["no/such/folder/here", "./absent", "stabilityai/absent"])
 def test_missing_pipeline(name):
     with pytest.raises(ValueError, match=rf"(?s)backbone.init_args.pretrained: expected .* read from '{name}'.* Check"):
