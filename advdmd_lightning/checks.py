@@ -8,7 +8,7 @@ from torch import Tensor
 
 from advdmd_lightning.flow import Transition
 from advdmd_lightning.rewards import Reward
-from advdmd_lightning.settings import DiscriminatorSettings, DistillationSettings, GRPOSettings
+from advdmd_lightning.settings import DiscriminatorSettings, DistillationSettings, GRPOSettings, NetworkSettings
 
 
 def check_objective(
@@ -56,4 +56,17 @@ def check_objective(
         raise ValueError(
             f"`model.distillation.ambient_share` is {distillation.ambient_share}, but `model.num_steps` = {num_steps} "
             "leaves no noisy state after the first: set it to 0"
+        )
+
+
+def check_networks(networks: NetworkSettings, discriminator: DiscriminatorSettings) -> None:
+    """Check how the networks run against what is asked of them.
+
+    Raises:
+        ValueError: if gradients would have to pass through an offloaded network.
+    """
+    if "teacher" in networks.offload and discriminator.features == "teacher":
+        raise ValueError(
+            "model.networks.offload has `teacher`, but model.discriminator.features is `teacher`: gradients pass "
+            "through it, so it cannot rest in main memory. Read the fake score's features, or leave `teacher` out"
         )

@@ -26,7 +26,6 @@ import advdmd_lightning.callbacks  # noqa: F401  (recipes may name the callbacks
 from advdmd_lightning.data import ImageCaptionDataModule
 from advdmd_lightning.export import command as exporting
 from advdmd_lightning.module import AdvDMDModule
-from advdmd_lightning.planning import command as planning
 from advdmd_lightning.recipes import recipe_names, recipe_summary, resolve_config
 
 _DESCRIPTION = "AdvDMD: few-step students of text-to-image flow models. `advdmd recipes` lists the packaged recipes."
@@ -151,9 +150,16 @@ def read(words: list[str]) -> tuple[Namespace, Callable[[Namespace], AdvDMDModul
     return reader.config, build
 
 
+def _plan(words: list[str]) -> None:
+    """Import what plans need only for a plan: parts of torch that it does not promise to keep."""
+    from advdmd_lightning.planning import command
+
+    command.main(words, read)
+
+
 COMMANDS: Mapping[str, Callable[[list[str]], None]] = {
     "recipes": print_recipes,
-    "plan": partial(planning.main, read=read),
+    "plan": _plan,
     "export": partial(exporting.main, read=read),
 }
 """What is not a stage of Lightning: first word -> what takes the others."""

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -21,7 +22,7 @@ from torchmetrics import Metric
 from advdmd_lightning.backbones.base import Backbone
 from advdmd_lightning.backbones.roles import Copies, Role, Roles
 from advdmd_lightning.backbones.sharding import broadcast_parameters, reshard, shard, synchronize
-from advdmd_lightning.checks import check_objective
+from advdmd_lightning.checks import check_networks, check_objective
 from advdmd_lightning.discriminator import Discriminator
 from advdmd_lightning.draws import Draws
 from advdmd_lightning.equations import GRPOLoss
@@ -144,6 +145,7 @@ class AdvDMDModule(FewStepSampling):
         self.distillation, self.grpo, self.guidance = distillation, grpo, guidance
         self.discriminator_settings, self.clip, self.networks = discriminator, clip, networks
         self.rewards = list(rewards) if rewards is not None else [DiscriminatorReward()]
+        check_networks(networks, discriminator)
         check_objective(distillation, discriminator, grpo, self.rewards, transition, self.grid)
         backbone.defers_weights = networks.read == "first"
         self.roles = roles(backbone)
@@ -191,7 +193,9 @@ class AdvDMDModule(FewStepSampling):
             self.backbone.offload_encoders(device)
         if mesh is None:
             read_shards(self.trainer.strategy)
-            self.roles.fill(device)
+            self.roles.fill(device, "teacher" in offload)
+            if self.networks.read == "first" and self.trainer.world_size > 1:
+                rank_zero_warn("model.networks.read: first has no effect without shards: every process reads its own")
             if "teacher" in offload:
                 self.roles.offload_teacher(device)
             return
@@ -199,7 +203,7 @@ class AdvDMDModule(FewStepSampling):
         trained = [p for p in self.parameters() if p.requires_grad and not p.is_meta]
         broadcast_parameters(trained, device)
         self.roles.shard(mesh, dtype, "teacher" in offload)
-        self.roles.fill(device)
+        self.roles.fill(device, "teacher" in offload)
         shard(self.discriminator, (), mesh, None)
 
     # ------------------------------------------------------------------ one cycle

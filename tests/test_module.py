@@ -430,3 +430,11 @@ def test_validate_test_and_predict(tmp_path):
     assert all(0 <= value <= 1 for value in tested.values())
     assert tested
     assert [tuple(images.shape) for images in trainer.predict(module, data)] == [(4, 3, 24, 24), (2, 3, 24, 24)]
+
+
+def test_gradients_cannot_pass_an_offloaded_teacher():
+    with pytest.raises(ValueError, match=r"model.networks.offload has `teacher`.*discriminator.features is `teacher`"):
+        tiny_module(
+            discriminator=DiscriminatorSettings(hidden=32, features="teacher"),
+            networks=NetworkSettings(offload=("teacher",)),
+        )

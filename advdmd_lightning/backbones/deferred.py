@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,35 +54,75 @@ def _reader(opened: Any, name: str) -> Callable[[], Tensor]:
     return lambda: opened.get_tensor(name)
 
 
-def fill(network: nn.Module, read: Read, device: torch.device) -> None:
-    """Give the parameters that have no storage their values, one after another; all processes must ask together.
+def fill(network: nn.Module, read: Read, device: torch.device, rest: torch.device | None = None) -> None:
+    """Give parameters without storage their values, one after another, and buffers theirs; all processes must ask.
 
     Args:
-        network: A skeleton, cut or whole, of which some parameters may have values already.
+        network: A skeleton, cut or whole; parameters that have values already keep them.
         read: Called by the first process alone if the network is cut.
-        device: Where the values go.
+        device: Where the processes can exchange values.
+        rest: Where the values go; None = there.
 
     Raises:
-        ValueError: The files lack a parameter.
+        ValueError: The files cannot be read, or lack a weight; in all processes.
     """
     empty = {name: parameter for name, parameter in network.named_parameters() if parameter.is_meta}
     if not empty:
         return
-    cut = any(isinstance(parameter, DTensor) for parameter in empty.values())
-    reads = not cut or torch.distributed.get_rank() == 0
-    stored = read() if reads else {}
-    missing = [name for name in empty if reads and _stored_name(name) not in stored]
-    if missing:
-        raise ValueError(f"The pretrained files lack {len(missing)} weights of the network, such as {missing[0]}")
+    rest, cut = rest or device, any(isinstance(parameter, DTensor) for parameter in empty.values())
+    kept = network.state_dict().keys()
+    buffers = {name: buffer for name, buffer in network.named_buffers() if name in kept}
+    stored = _agree(read, [*empty, *buffers], cut)
+    dtype = next(iter(empty.values())).dtype
     filled: dict[str, Tensor] = {}
     for name, parameter in empty.items():
-        value = stored[_stored_name(name)]().to(device, parameter.dtype) if reads else None
+        value = _value(stored, name, parameter, parameter.dtype, device)
         if isinstance(parameter, DTensor):
-            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device) if value is None else value
-            value = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=0)
-        assert value is not None, "whoever keeps a whole parameter has read it"
-        filled[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            whole = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=0)
+            value = _resting(whole, rest)
+        filled[name] = nn.Parameter(value.to(rest), requires_grad=parameter.requires_grad)
+    for name, buffer in buffers.items():
+        value = _value(stored, name, buffer, dtype, device)
+        if cut:
+            torch.distributed.broadcast(value, src=0)
+        filled[name] = value.to(rest)
     network.load_state_dict(filled, strict=False, assign=True)
+
+
+def _agree(read: Read, names: Sequence[str], cut: bool) -> Mapping[str, Callable[[], Tensor]] | None:
+    """What reads the weights, None where another process does; what is wrong there is raised everywhere."""
+    stored: Mapping[str, Callable[[], Tensor]] | None = None
+    problem: list[str | None] = [None]
+    if not cut or torch.distributed.get_rank() == 0:
+        try:
+            stored = read()
+            missing = [name for name in names if _stored_name(name) not in stored]
+            if missing:
+                problem = [f"The pretrained files lack {len(missing)} weights of the network, such as {missing[0]}"]
+        except (OSError, ValueError) as error:
+            problem = [str(error)]
+    if cut:
+        torch.distributed.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise ValueError(problem[0])
+    return stored
+
+
+def _value(
+    stored: Mapping[str, Callable[[], Tensor]] | None, name: str, like: Tensor, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A stored weight, or room for it where another process reads."""
+    if stored is None:
+        return torch.empty(like.shape, dtype=dtype, device=device)
+    return stored[_stored_name(name)]().to(device, dtype)
+
+
+def _resting(weight: DTensor, rest: torch.device) -> DTensor:
+    """A cut weight whose shard rests elsewhere than its mesh."""
+    local = weight.to_local().to(rest)
+    return DTensor.from_local(
+        local, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )
 
 
 def _stored_name(name: str) -> str:

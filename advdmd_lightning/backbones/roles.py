@@ -159,14 +159,19 @@ class Roles(nn.Module):
             if offload:
                 role.let_go(role.network)
 
-    def fill(self, device: torch.device) -> None:
+    def fill(self, device: torch.device, offload_teacher: bool = False) -> None:
         """Give networks that were made without values their own, once, after ``shard``; all processes must ask.
 
         Args:
             device: Where they go.
+            offload_teacher: Leave the teacher in main memory.
+
+        Raises:
+            ValueError: They cannot be read.
         """
         for role in self._networks():
-            fill(role.network, role.backbone.stored_weights, device)
+            rest = torch.device("cpu") if offload_teacher and role is self.teacher else None
+            fill(role.network, role.backbone.stored_weights, device, rest)
 
     def offload_teacher(self, device: torch.device) -> None:
         """Leave the teacher in main memory, and bring its blocks to a device one after another while they run.

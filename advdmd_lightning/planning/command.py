@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -18,14 +18,11 @@ from advdmd_lightning.strategies import COMPUTE_DTYPES, NAMES, FSDP2Strategy
 Read = Callable[[list[str]], tuple[Namespace, Callable[[Namespace], AdvDMDModule]]]
 """Parses the words of ``fit``, and returns the configuration and what makes its module."""
 
-CHANGES = (
-    ("--model.networks.checkpoint_every=1",),
-    ("--model.networks.micro_batch=8", "--model.grpo.micro_batch=8"),
-    ("--trainer.strategy=fsdp2", "--model.networks.reduce_every_pass=true"),
-    ("--model.networks.micro_batch=2", "--model.grpo.micro_batch=2"),
-    ("--model.roles=advdmd_lightning.backbones.Adapters",),
-)
-"""What to change, each on top of those before, until a recipe fits: what costs least first (O)."""
+CHECKPOINTING = "--model.networks.checkpoint_every=1"
+SHARDS = ("--trainer.strategy=fsdp2", "--model.networks.reduce_every_pass=true")
+SMALL = ("--model.networks.micro_batch=2", "--model.grpo.micro_batch=2")
+ENCODERS = "--model.networks.offload=[encoders]"
+ADAPTERS = "--model.roles=advdmd_lightning.backbones.Adapters"
 
 
 def main(words: Sequence[str], read: Read) -> None:
@@ -117,10 +114,13 @@ def _world(trainer: Namespace) -> World:
         shard_over = NAMES[name]
     elif name.endswith(FSDP2Strategy.__name__):
         shard_over = strategy.init_args.shard_over
-    elif name == "auto" and int(devices) * nodes > 1:
-        raise ValueError(f"trainer.strategy is auto for several processes: choose one of {', '.join(NAMES)}")
-    else:
+    elif name == "auto" and int(devices) * nodes == 1:
         shard_over = None
+    else:
+        raise ValueError(
+            f"trainer.strategy is {name} for {int(devices) * nodes} process(es), which cannot be planned: choose one "
+            f"of {', '.join(NAMES)}, or auto for one process"
+        )
     return World(int(devices), nodes, shard_over, precision)
 
 
@@ -136,18 +136,35 @@ def _rehearsed(config: Namespace, rollout: int) -> Namespace:
             reward.class_path = "advdmd_lightning.rewards.ImageReward"
             reward.init_args = Namespace(function="advdmd_lightning.rewards.brightness")
     model.metrics = None
+    if model.networks.attention in ("efficient", "cudnn"):
+        model.networks.attention = "flash"  # which keeps as much, and which a CPU has
     return config
+
+
+def _changes(config: Namespace, several: bool) -> Iterator[Sequence[str]]:
+    """What to change, each on top of those before: what costs least first, and nothing that is so already (O)."""
+    networks, model = config.model.networks, config.model
+    if networks.checkpoint_every != 1:
+        yield [CHECKPOINTING]
+    if several and (config.trainer.strategy not in ("fsdp2", "hsdp") or not networks.reduce_every_pass):
+        yield SHARDS if config.trainer.strategy != "hsdp" else SHARDS[1:]
+    if (networks.micro_batch or config.data.batch_size) > 2 or model.grpo.micro_batch > 2:
+        yield SMALL
+    if not networks.offload:
+        yield [ENCODERS]
+    if "teacher" not in networks.offload and not _is_adapters(model.roles):
+        yield [ADAPTERS]
+
+
+def _is_adapters(roles: Namespace | str | None) -> bool:
+    return "Adapters" in str(roles)
 
 
 def _remedy(plan: Plan, card: int, words: list[str], read: Read) -> str:
     """The nearest change that fits, in words."""
     changes: list[str] = []
-    for change in CHANGES:
+    for change in _changes(read(words)[0], plan.settings.world.size > 1):
         changes += change
-        world = plan.settings.world
-        if "--trainer.strategy=fsdp2" in change and world.size == 1:
-            changes = changes[: -len(change)]
-            continue
         changed = plan_of([*words, *changes], read)
         print(f"... {changed.gib:.1f} GiB with {' '.join(changes)}", file=sys.stderr)
         if changed.fits(card):

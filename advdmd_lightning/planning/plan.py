@@ -15,7 +15,9 @@ GIB = 2**30
 CARDS = {24: 24564, 48: 46068, 80: 81559, 141: 143771}
 """Sizes by name -> MiB that the driver shows (RTX 4090, L40S, H100, H200)."""
 CUDA_RESERVE = 1.0
-"""GiB that the driver, libraries and the allocator's gaps take beside the tensors (O)."""
+"""GiB that the driver and libraries take beside the tensors (O)."""
+GAPS = 0.05
+"""What the allocator loses, of what comes and goes (O)."""
 KINDS = {
     "weights": "weights of generator, fake score, teacher, heads",
     "encoders": "text encoders and VAE",
@@ -84,7 +86,11 @@ class Plan:
     @property
     def gib(self) -> float:
         """GiB of the GPU in all."""
-        return max(self.peak(gate).total() for gate in self.cycles) / GIB + CUDA_RESERVE
+        return max(self.peak(gate).total() / GIB + self.reserve(gate) for gate in self.cycles)
+
+    def reserve(self, gate: bool) -> float:
+        """GiB that are no tensors."""
+        return CUDA_RESERVE + GAPS * self.peak(gate)[WORKING] / GIB
 
     def fits(self, card: int) -> bool:
         """Whether a card is large enough."""

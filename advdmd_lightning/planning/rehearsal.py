@@ -14,8 +14,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, IterableDataset
 
 from advdmd_lightning.backbones.roles import Role
@@ -80,7 +82,7 @@ def rehearse(build: Callable[[], AdvDMDModule], averages: bool, world: World, lo
     """
     with _strategy(world) as strategy, warnings.catch_warnings(), FakeTensorMode() as mode:
         warnings.simplefilter("ignore")
-        with Ledger(mode) as ledger:
+        with Ledger(mode) as ledger, _CudaAutocast():
             module = build()
             module.keeps_average = averages
             watch = _Watch(ledger, [False, True] if module.grpo.weight else [False])
@@ -98,6 +100,18 @@ def rehearse(build: Callable[[], AdvDMDModule], averages: bool, world: World, lo
             )
             trainer.fit(module, DataLoader(_Batches(module, load), batch_size=None))
         return watch.cycles
+
+
+class _CudaAutocast(TorchFunctionMode):
+    """Computes under autocast in float32 what a GPU would; a CPU leaves some of it in bfloat16."""
+
+    IN_FLOAT32 = (functional.layer_norm, functional.group_norm, functional.rms_norm, functional.softmax, torch.softmax)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        return func(*args, **kwargs)
 
 
 class _Watch(L.Callback):
@@ -123,6 +137,8 @@ class _Watch(L.Callback):
             label("average", pl_module.average.parameters())
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
+                if "foreach" in group and not group["foreach"] and not group.get("fused"):
+                    group["foreach"] = True  # a GPU's default
                 for parameter in group["params"]:
                     parameter.grad = torch.zeros_like(parameter)
             optimizer.step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from advdmd_lightning.planning.plan import CARDS, CUDA_RESERVE, GIB, KINDS, Plan, Settings
+from advdmd_lightning.planning.plan import CARDS, GIB, KINDS, Plan, Settings
 from advdmd_lightning.planning.rehearsal import ROLES
 
 PASSES = {
@@ -42,8 +42,8 @@ def _memory(plan: Plan) -> str:
     gates = sorted(plan.cycles)
     peaks = [plan.peak(gate) for gate in gates]
     rows = [[words, *(f"{peak[kind] / GIB:.1f}" for peak in peaks)] for kind, words in KINDS.items()]
-    rows.append(["CUDA itself, about", *(f"{CUDA_RESERVE:.1f}" for _ in gates)])
-    rows.append(["total", *(f"{peak.total() / GIB + CUDA_RESERVE:.1f}" for peak in peaks)])
+    rows.append(["CUDA itself, about", *(f"{plan.reserve(gate):.1f}" for gate in gates)])
+    rows.append(["total", *(f"{plan.peak(gate).total() / GIB + plan.reserve(gate):.1f}" for gate in gates)])
     fits = ", ".join(f"{card} GB {'yes' if plan.fits(card) else 'no'}" for card in CARDS)
     return table(["GiB per GPU", *_columns(gates)], rows) + f"\nFits on a card of: {fits}"
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from advdmd_lightning.backbones import Adapters, Copies, QwenImageBackbone, SD3Backbone
 from advdmd_lightning.backbones.deferred import fill, stored_weights
 from advdmd_lightning.backbones.roles import full
+from advdmd_lightning.backbones.sharding import shard
 from advdmd_lightning.embedded import ARCHITECTURES, architecture
 from advdmd_lightning.planning.ledger import Ledger
 from advdmd_lightning.settings import NetworkSettings
@@ -119,6 +120,21 @@ def test_networks_that_get_their_weights_later_are_the_same(family, form, cut, m
     assert trained[0] == trained[1]
     assert [p.requires_grad for p in before.parameters()] == [p.requires_grad for p in roles.parameters()]
     assert all(full(p).any() for name, p in roles.generator.trained_weights().items() if "lora_A" in name)
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+def test_buffers_come_from_the_files_too(cut, mesh):
+    backbone = SD3Backbone(str(build_sd3()), max_sequence_length=4, dtype="bfloat16")
+    expected, network = backbone.new_network(torch.bfloat16), backbone.empty_network(torch.bfloat16)
+    stored = dict(backbone.stored_weights())
+    changed = stored["pos_embed.pos_embed"]() + 1
+    stored["pos_embed.pos_embed"] = changed.clone
+    if cut:
+        shard(network, backbone.blocks(network), mesh, None)
+    fill(network, lambda: stored, CPU)
+    assert torch.equal(network.pos_embed.pos_embed, changed.bfloat16())
+    assert {n: b.dtype for n, b in network.named_buffers()} == {n: b.dtype for n, b in expected.named_buffers()}
+    assert not any(tensor.is_meta for tensor in network.state_dict().values())
 
 
 def test_files_that_lack_a_weight_are_refused(backbone):

@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from advdmd_lightning import cli
-from advdmd_lightning.planning import command
+from advdmd_lightning.planning import command, rehearsal
 from advdmd_lightning.planning.plan import CARDS, GIB, make_plan
 from advdmd_lightning.planning.rehearsal import World
 from tests.tiny import build_sd3
@@ -155,6 +155,8 @@ def test_a_plan_has_no_processes_behind(plan):
         (["--trainer.devices=2"], "trainer.strategy is auto.*fsdp2"),
         (["--trainer.precision=16-mixed"], "trainer.precision is '16-mixed'.*bf16-mixed"),
         (["--trainer.devices=auto"], "trainer.devices is 'auto'.*--devices 8"),
+        (["--trainer.devices=2", "--trainer.strategy=ddp"], "trainer.strategy is ddp for 2 process.*replicate"),
+        (["--trainer.strategy=fsdp"], "trainer.strategy is fsdp for 1 process.*fsdp2"),
     ],
 )
 def test_what_cannot_be_planned_is_named(changes, message):
@@ -171,6 +173,39 @@ def test_command_prints_tables_and_the_nearest_change(plan, smaller, capsys, mon
     assert "prompts x 4 samples = 8; 8 per pass" in shown
     assert "24 GB no, 48 GB yes" in shown
     assert f"To fit on 24 GB ({smaller.gib:.1f} GiB): --model.networks.checkpoint_every=1\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("more", "several", "changes"),
+    [
+        ([], False, [command.CHECKPOINTING, *command.SMALL, command.ENCODERS, command.ADAPTERS]),
+        ([CHECKPOINTING, *command.SMALL], True, [*command.SHARDS, command.ENCODERS, command.ADAPTERS]),
+        (
+            ["--trainer.strategy=hsdp", *command.SMALL, command.ADAPTERS],
+            True,
+            [CHECKPOINTING, command.SHARDS[1], command.ENCODERS],
+        ),
+        ([CHECKPOINTING, *command.SMALL, "--model.networks.offload=[teacher]"], False, []),
+    ],
+)
+def test_changes_are_none_that_a_recipe_has_already(more, several, changes):
+    found = command._changes(cli.read(words(*more))[0], several)
+    assert [word for change in found for word in change] == changes
+
+
+def test_attention_that_a_cpu_has_not_is_planned_as_flash():
+    config, _ = cli.read(words("--model.networks.attention=cudnn"))
+    assert command._rehearsed(config, 4).model.networks.attention == "flash"
+    assert config.model.networks.attention == "cudnn"
+
+
+def test_norms_are_in_float32_under_autocast_as_on_a_gpu():
+    layer, x = torch.nn.LayerNorm(4), torch.zeros(2, 4, dtype=torch.bfloat16)
+    with rehearsal._CudaAutocast(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.float32
+        assert torch.nn.functional.linear(layer(x), torch.zeros(3, 4)).dtype == torch.bfloat16
+    with rehearsal._CudaAutocast():
+        assert layer.bfloat16()(x).dtype == torch.bfloat16
 
 
 def test_world_size():
