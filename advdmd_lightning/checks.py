@@ -11,6 +11,19 @@ from advdmd_lightning.rewards import Reward
 from advdmd_lightning.settings import DiscriminatorSettings, DistillationSettings, GRPOSettings, NetworkSettings
 
 
+def check_processes(grpo: GRPOSettings, processes: int) -> None:
+    """Check that so many processes can share each group, if they shall.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    if grpo.span_processes and grpo.group_size % processes:
+        raise ValueError(
+            f"`model.grpo.group_size` is {grpo.group_size}, which {processes} processes cannot share alike as "
+            f"`model.grpo.span_processes` asks: choose a multiple of {processes}, or set `span_processes` to false"
+        )
+
+
 def check_objective(
     distillation: DistillationSettings,
     discriminator: DiscriminatorSettings,

@@ -22,11 +22,12 @@ from torchmetrics import Metric
 from advdmd_lightning.backbones.base import Backbone
 from advdmd_lightning.backbones.roles import Copies, Role, Roles
 from advdmd_lightning.backbones.sharding import broadcast_parameters, reshard, shard, synchronize
-from advdmd_lightning.checks import check_networks, check_objective
+from advdmd_lightning.checks import check_networks, check_objective, check_processes
 from advdmd_lightning.discriminator import Discriminator
 from advdmd_lightning.draws import Draws
 from advdmd_lightning.equations import GRPOLoss
 from advdmd_lightning.flow import Renoising, Transition
+from advdmd_lightning.groups import Groups
 from advdmd_lightning.records import Condition, Trajectory
 from advdmd_lightning.rewards import DiscriminatorReward, Reward, Rollout
 from advdmd_lightning.rollout import simulate, split, spread
@@ -41,6 +42,7 @@ from advdmd_lightning.settings import (
 )
 from advdmd_lightning.strategies import compute_dtype, read_shards, sharding_mesh
 from advdmd_lightning.updates import (
+    POLICY_METRICS,
     GeneratorLoss,
     GuidanceLoss,
     MeanMetrics,
@@ -64,21 +66,6 @@ from advdmd_lightning.updates import (
 )
 
 Loss = TypeVar("Loss", GuidanceLoss, GeneratorLoss, GRPOLoss, Tensor)
-POLICY_METRICS = (
-    "loss/grpo",
-    "loss/pathwise",
-    "reward_mean/",
-    "reward_std/",
-    "grpo/zero_std_share",
-    "grpo/ratio",
-    "grpo/clipped_fraction",
-    "grpo/kl",
-    "grpo/lambda",
-    "grad_norm/grpo",
-    "grad_norm/generator_without_grpo",
-    "samples/diversity",
-)
-"""Beginnings of the names of what only cycles with an open GRPO gate measure."""
 
 
 class AdvDMDModule(FewStepSampling):
@@ -178,6 +165,11 @@ class AdvDMDModule(FewStepSampling):
 
     # ------------------------------------------------------------------ before the first cycle
 
+    def setup(self, stage: str) -> None:
+        """Check what depends on the number of processes."""
+        if stage == "fit":
+            check_processes(self.grpo, self.trainer.world_size)
+
     def configure_model(self) -> None:
         """Set up and shard the networks, once, and begin the average; Lightning calls this in every stage."""
         if not self._configured:
@@ -212,16 +204,18 @@ class AdvDMDModule(FewStepSampling):
         """Run one cycle: encode, simulate once, update the guidance, update the generator, log."""
         started = time.perf_counter()
         with self._phase("encode"):
-            real, condition, captions = self._encode(batch)
+            real, condition, captions = self.backbone.encode_batch(batch)
         trained_steps = self._trained_steps()
+        groups = self._groups(condition, captions)
         with self._phase("rollout"):
-            rollout = self._simulate(condition, trained_steps)
-        draws = self._draws("updates", min(len(condition), rollout.batch_size))
+            rollout = self._simulate(groups, trained_steps)
+        count = min(len(condition), rollout.batch_size)
+        draws = self._draws("updates", range(self.global_rank * count, (self.global_rank + 1) * count))
         samples = spread(rollout, draws)
         with self._phase("guidance"):
             metrics = self._update_guidance(samples, real, condition, draws)
         with self._phase("generator"):
-            metrics |= self._update_generator(samples, rollout, trained_steps, captions, draws)
+            metrics |= self._update_generator(samples, rollout, trained_steps, groups, draws)
         metrics |= sample_metrics(rollout, real)
         self._report(metrics, samples_per_second=rollout.batch_size / (time.perf_counter() - started))
 
@@ -230,25 +224,9 @@ class AdvDMDModule(FewStepSampling):
         profiler: Profiler = self.trainer.profiler  # type: ignore[attr-defined]  # set outside of Trainer's own code
         return profiler.profile(name)
 
-    def _draws(self, purpose: str, count: int) -> Draws:
-        """Streams of this process's samples, fixed by seed, step, purpose and their places in the global batch."""
-        first = self.global_rank * count
-        return Draws(range(first, first + count), self.seed, self.global_step, purpose, device=self.device)
-
-    def _encode(self, batch: dict[str, Any]) -> tuple[Tensor, Condition, Sequence[str]]:
-        """Latents, text and captions of a batch, encoded here unless it comes encoded."""
-        captions = batch.get("caption", ())
-        if "latents" in batch:
-            return (
-                batch["latents"].float(),
-                Condition(batch["embeds"], batch.get("pooled"), batch.get("mask")),
-                captions,
-            )
-        if "image" not in batch or "caption" not in batch:
-            raise ValueError(
-                f"a batch has the keys {sorted(batch)}; expected `image` and `caption`, or `latents` and `embeds`"
-            )
-        return self.backbone.encode_image(batch["image"]), self.backbone.encode_text(captions), captions
+    def _draws(self, purpose: str, numbers: Iterable[int]) -> Draws:
+        """Streams of samples, fixed by seed, step, purpose and the samples' numbers in the global batch."""
+        return Draws(numbers, self.seed, self.global_step, purpose, device=self.device)
 
     @property
     def grpo_weight(self) -> float:
@@ -267,19 +245,23 @@ class AdvDMDModule(FewStepSampling):
         drawn = torch.randperm(len(stochastic), generator=source)[:count]
         return tuple(sorted(stochastic[i] for i in drawn.tolist()))
 
-    def _simulate(self, condition: Condition, trained_steps: Sequence[int]) -> Trajectory:
-        """The cycle's one rollout: the batch's prompts, or with the gate open a group of samples for each."""
-        group_size, micro_batch, shared = 1, self.networks.micro_batch, set[int]()
+    def _groups(self, condition: Condition, captions: Sequence[str]) -> Groups:
+        """What is simulated: one sample for each of the batch's prompts, or with the gate open a group."""
+        some, size, span = slice(None), 1, False
         if self.grpo_weight:
-            group_size, micro_batch = self.grpo.group_size, self.grpo.micro_batch
-            shared = set(range(len(self.grid) - 1)).difference(trained_steps)
-            condition = condition[: self.grpo.groups or len(condition)].repeat_interleave(group_size)
-        draws = self._draws("rollout", len(condition))
-        noise = draws.noise(self.backbone.latent_shape)
-        if self.grpo.shared_noise:
-            noise = noise[::group_size].repeat_interleave(group_size, 0)
-        generator = self.roles.generator
-        return simulate(generator, self.transition, self.grid, condition, noise, draws, group_size, micro_batch, shared)
+            some, size, span = slice(self.grpo.groups), self.grpo.group_size, self.grpo.span_processes
+        return Groups.form(condition[some], captions[some], size, self.global_rank, self.trainer.world_size, span)
+
+    def _simulate(self, groups: Groups, trained_steps: Sequence[int]) -> Trajectory:
+        """The cycle's one rollout; the members of a group share the noise of the steps that are not trained."""
+        own, common = self._draws("rollout", groups.own_places), self._draws("group", groups.own_prompts)
+        noise_from, micro_batch, shared = own, self.networks.micro_batch, dict[int, Draws]()
+        if self.grpo_weight:
+            noise_from, micro_batch = common if self.grpo.shared_noise else own, self.grpo.micro_batch
+            shared = dict.fromkeys(set(range(len(self.grid) - 1)).difference(trained_steps), common)
+        noise = noise_from.noise(self.backbone.latent_shape)
+        generator, grid, members = self.roles.generator, self.grid, groups.members
+        return simulate(generator, self.transition, grid, groups.condition, noise, own, members, micro_batch, shared)
 
     def _update_guidance(
         self, samples: Trajectory, real: Tensor, condition: Condition, draws: Draws
@@ -368,7 +350,7 @@ class AdvDMDModule(FewStepSampling):
         samples: Trajectory,
         rollout: Trajectory,
         trained_steps: Sequence[int],
-        captions: Sequence[str],
+        groups: Groups,
         draws: Draws,
     ) -> dict[str, Tensor]:
         """One optimizer step on the composite objective (3.10)."""
@@ -378,7 +360,7 @@ class AdvDMDModule(FewStepSampling):
         metrics = self._backward_prediction(samples.select(portion), draws[portion])
         if self.grpo_weight:
             with self._phase("policy"):
-                metrics |= self._backward_policy(rollout, trained_steps, captions)
+                metrics |= self._backward_policy(rollout, trained_steps, groups)
         metrics["grpo/gate"] = torch.tensor(self.grpo_gate if self.grpo.weight else 0.0)
         metrics["grad_norm/generator"] = self._clip("generator", parameters, self.clip.generator)
         optimizer.step()
@@ -414,13 +396,11 @@ class AdvDMDModule(FewStepSampling):
         }
         return {name: value for name, (weight, value) in weighed.items() if weight} | whole.gradient_norms
 
-    def _backward_policy(
-        self, rollout: Trajectory, trained_steps: Sequence[int], captions: Sequence[str]
-    ) -> dict[str, Tensor]:
+    def _backward_policy(self, rollout: Trajectory, trained_steps: Sequence[int], groups: Groups) -> dict[str, Tensor]:
         """Rewards and advantages per step, then the policy loss's gradient, weighed and added to what is there."""
         parameters = self.roles.generator.trainable_parameters()
         others = take_gradients(parameters)
-        metrics = self._accumulate_policy(rollout, trained_steps, captions)
+        metrics = self._accumulate_policy(rollout, trained_steps, groups)
         norms = gradient_norm(others), gradient_norm([parameter.grad for parameter in parameters])
         weight = self.grpo_weight
         if self.grpo.gradient_ratio is not None:
@@ -433,14 +413,13 @@ class AdvDMDModule(FewStepSampling):
         }
 
     def _accumulate_policy(
-        self, rollout: Trajectory, trained_steps: Sequence[int], captions: Sequence[str]
+        self, rollout: Trajectory, trained_steps: Sequence[int], groups: Groups
     ) -> dict[str, Tensor]:
         """The policy loss's gradient, in micro-batches."""
         generator, teacher = self.roles.generator, self.roles.teacher
-        words = [c for c in captions[: rollout.num_groups] for _ in range(rollout.group_size)]
-        seen = Rollout(rollout, words, self._score, self._decode)
-        advantages, scores = trajectory_advantages(self.rewards, seen, self.grpo)
-        metrics = reward_metrics(scores, rollout) | {"grpo/zero_std_share": advantages.zero_std_share}
+        seen = Rollout(rollout, groups.captions, self._score, self._decode)
+        advantages, scores = trajectory_advantages(self.rewards, seen, self.grpo, groups)
+        metrics = reward_metrics(scores, groups.size) | {"grpo/zero_std_share": advantages.zero_std_share}
         steps, network, micro_batch = tuple(trained_steps), generator.network, self.grpo.micro_batch
         losses = policy_losses(generator, teacher, self.transition, rollout, advantages.values, self.grpo, steps)
         count = passes(rollout, steps, micro_batch)

@@ -61,6 +61,11 @@ class Condition:
         mask = None if self.mask is None else self.mask.to(device, non_blocking=non_blocking)
         return Condition(self.embeds.to(device, dtype, non_blocking), pooled, mask)
 
+    @property
+    def valid(self) -> Tensor:
+        """Which tokens are valid, (B, L), bool, whether there is a mask or not."""
+        return torch.ones_like(self.embeds[..., 0], dtype=torch.bool) if self.mask is None else self.mask != 0
+
     def repeat_interleave(self, repeats: int) -> Condition:
         """Each prompt `repeats` times in a row, the layout of groups: 0, 0, 1, 1, ..."""
         return self._map(lambda part: part.repeat_interleave(repeats, 0))
@@ -70,22 +75,25 @@ class Condition:
         """Join batches of prompts; with masks, shorter ones are padded with masked tokens.
 
         Raises:
-            ValueError: If only some have `pooled` or `mask`, or lengths differ without a mask to tell padding apart.
+            ValueError: If only some have `pooled`, or lengths differ and none has a mask to tell padding apart.
 
         >>> short, long = (Condition(torch.ones(1, n, 8), mask=torch.ones(1, n)) for n in (1, 3))
         >>> Condition.cat([short, long]).mask
         tensor([[1., 0., 0.],
                 [1., 1., 1.]])
         """
-        if len({(c.pooled is None, c.mask is None) for c in conditions}) != 1:
-            raise ValueError("Conditions to join must all have, or all lack, `pooled` and `mask`, and be at least one.")
+        if len({c.pooled is None for c in conditions}) != 1:
+            raise ValueError("Conditions to join must all have, or all lack, `pooled`, and be at least one.")
+        masks = [c.mask for c in conditions if c.mask is not None]
+        if 0 < len(masks) < len(conditions):  # None is a mask of all tokens
+            masks = [c.valid for c in conditions]
         length = max(c.embeds.shape[1] for c in conditions)
-        if conditions[0].mask is None and any(c.embeds.shape[1] != length for c in conditions):
+        if not masks and any(c.embeds.shape[1] != length for c in conditions):
             raise ValueError("Conditions of different lengths need a `mask` to be joined: padding must be told apart.")
         embeds = torch.cat([pad(c.embeds, (0, 0, 0, length - c.embeds.shape[1])) for c in conditions])
         pooled = [c.pooled for c in conditions if c.pooled is not None]
-        mask = [pad(c.mask, (0, length - c.mask.shape[1])) for c in conditions if c.mask is not None]
-        return Condition(embeds, torch.cat(pooled) if pooled else None, torch.cat(mask) if mask else None)
+        masks = [pad(mask, (0, length - mask.shape[1])) for mask in masks]
+        return Condition(embeds, torch.cat(pooled) if pooled else None, torch.cat(masks) if masks else None)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Condition:
         pooled = None if self.pooled is None else function(self.pooled)
@@ -102,8 +110,8 @@ class Trajectory:
         times: The grid, (K + 1,), falling from 1 to 0.
         log_probs: Log-probability of the action from states[k] to states[k + 1], (K, B); 0 in a deterministic step.
         stochastic: Whether each step drew noise, of length K.
-        condition: The prompts, of length B; the G samples of one prompt are consecutive.
-        group_size: G, a divisor of B; 1 outside GRPO.
+        condition: The prompts, of length B; the samples of one prompt are consecutive.
+        group_size: Samples per prompt that are here, a divisor of B; 1 outside GRPO.
     """
 
     states: Tensor
@@ -134,7 +142,7 @@ class Trajectory:
 
     @property
     def num_groups(self) -> int:
-        """Number of groups, B / G."""
+        """Number of groups, or of parts of groups, that are here."""
         return self.batch_size // self.group_size
 
     @property

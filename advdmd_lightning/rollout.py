@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def simulate(
     draws: Draws,
     group_size: int = 1,
     micro_batch: int | None = None,
-    shared_steps: Collection[int] = (),
+    step_draws: Mapping[int, Draws] | None = None,
 ) -> Trajectory:
     """Sample the generator from noise to images and keep every state and log-probability (P: SDE backward simulation).
 
@@ -37,7 +37,8 @@ def simulate(
         draws: streams of the B samples, for the steps' noise.
         group_size: samples per prompt, a divisor of B.
         micro_batch: samples per pass; ``None`` = all at once. A replay must use the same for bitwise equality.
-        shared_steps: steps in which the members of a group draw one noise, each in [0, K).
+        step_draws: streams that take the place of ``draws`` in some steps, each in [0, K); samples with equal streams
+            share a step's noise.
 
     Returns:
         The trajectory.
@@ -46,9 +47,8 @@ def simulate(
     stochastic = tuple(transition.stochastic_steps(grid))
     states, log_probs = [noise.float()], []
     for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
-        step_noise = draws.noise(noise.shape[1:]) if stochastic[k] else torch.zeros_like(states[0])
-        if k in shared_steps:
-            step_noise = step_noise[::group_size].repeat_interleave(group_size, 0)
+        source = (step_draws or {}).get(k, draws)
+        step_noise = source.noise(noise.shape[1:]) if stochastic[k] else torch.zeros_like(states[0])
         parts, parts_log_prob = [], []
         for part in split(len(noise), size):
             x_t = states[-1][part]

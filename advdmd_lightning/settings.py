@@ -95,11 +95,14 @@ class GRPOSettings:
         gradient_ratio: sets λ_grpo anew at each GRPO update, so that the policy gradient's norm is this share of the
             norm of the other terms' gradient (O); null = λ_grpo is ``weight``, which otherwise only says on or off.
         group_size: G, samples per prompt (P: 32).
-        groups: prompts per GRPO update, at most the batch size; null = the batch size (O).
+        groups: prompts per GRPO update and process, at most the batch size; null = the batch size (O).
         clip_range: ε of the clipped ratio (R: 1e-4 … 1e-5 with log-probabilities that are means).
         beta: weight of the KL divergence to the reference policy, the pretrained network (O: 0).
         std_floor: a group whose rewards spread less than this gets advantage 0 (O).
-        advantage_scope: whose standard deviation divides the advantage (P: the group's).
+        span_processes: every process takes ``group_size`` / W members of every group of the W processes, instead of
+            all members of its own ``groups`` (O: false); W must divide ``group_size``.
+        advantage_scope: whose standard deviation divides the advantage: the group's (P), or that of the batch of all
+            processes (R: Flow-GRPO's global std).
         micro_batch: samples per forward and backward pass of the policy loss and the rewards.
         shared_noise: the members of a group start from one initial noise (O).
         trained_steps: how many of the stochastic steps, drawn anew at each update, the policy loss trains; in the
@@ -112,6 +115,7 @@ class GRPOSettings:
     weight: float = 100.0
     group_size: int = 32
     groups: int | None = None
+    span_processes: bool = False
     clip_range: float = 1e-4
     beta: float = 0.0
     std_floor: float = 1e-3

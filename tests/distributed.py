@@ -87,6 +87,8 @@ def main(
     decay: float | None = 0.9,
     predict: int = 0,
     read: str = "each",
+    grpo: dict | None = None,
+    policy_alone: bool = False,
 ) -> None:
     """Train on a fixed global batch, of which each process takes its part, and write what came out."""
     import lightning as L
@@ -98,7 +100,8 @@ def main(
     from advdmd_lightning.backbones import Adapters, Copies, SD3Backbone
     from advdmd_lightning.callbacks import GeneratorEMA, GRPOWarmup, SampleLogger, SaveOnSignal
     from advdmd_lightning.data import ShapesCaptions
-    from advdmd_lightning.settings import DiscriminatorSettings, GRPOSettings, NetworkSettings
+    from advdmd_lightning.rewards import ImageReward, brightness
+    from advdmd_lightning.settings import DiscriminatorSettings, DistillationSettings, GRPOSettings, NetworkSettings
     from advdmd_lightning.strategies import FSDP2Strategy
     from tests.tiny import build_sd3
     from tests.training import CAPTIONS, tiny_data, tiny_module, without_time
@@ -106,6 +109,10 @@ def main(
     class Brightness(MeanMetric):
         def update(self, images, captions):
             super().update(images)
+
+    def channel(images, captions):
+        """The mean of the color channel that the caption asks for."""
+        return torch.stack([i[len(c) % 3].mean() for i, c in zip(images, captions, strict=True)])
 
     torch.set_num_threads(1)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -115,13 +122,16 @@ def main(
     if read == "first" and rank > 0:  # who does not read can do without
         for weights in pretrained.glob("transformer/*.safetensors"):
             weights.unlink()
+    pull = 0.0 if policy_alone else 0.1  # of the discriminator
     module = tiny_module(
         backbone=SD3Backbone(str(pretrained), resolution=24, max_sequence_length=0, dtype=dtype),
         roles=Copies if form == "copies" else functools.partial(Adapters, rank=4),
         networks=NetworkSettings(checkpoint_every=2, micro_batch=2 if world > 1 else None, read=read),
-        discriminator=DiscriminatorSettings(hidden=32, weight=0.1, last_step=0.1, mismatched=0.3),
+        distillation=DistillationSettings(weight=float(not policy_alone)),
+        discriminator=DiscriminatorSettings(hidden=32, mismatched=0.3, **dict.fromkeys(("weight", "last_step"), pull)),
+        rewards=[ImageReward(brightness), ImageReward(channel, weight=0.5)] if policy_alone else None,
         metrics={"brightness": Brightness()},
-        grpo=GRPOSettings(weight=10.0, group_size=4, micro_batch=micro_batch),
+        grpo=GRPOSettings(**{"weight": 10.0, "group_size": 4, "micro_batch": micro_batch} | (grpo or {})),
         generator_optimizer=optimizer,
         fake_score_optimizer=optimizer,
         discriminator_optimizer=optimizer,

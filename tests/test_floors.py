@@ -33,6 +33,7 @@ FLOORS = {
     "backbones.adapters": 2,
     "shapes": 1,
     "shapes.pretrain": 2,
+    "groups": 1,
     "rollout": 2,
     "checks": 2,
     "checkpoints": 0,

@@ -55,6 +55,14 @@ def test_shorter_prompts_are_padded_with_masked_tokens():
     assert_same(joined[1:], long)
 
 
+def test_no_mask_is_a_mask_of_all_tokens():
+    bare, masked = condition(1, length=2, mask=False), condition(2, length=4)
+    joined = Condition.cat([bare, masked])
+    assert joined.mask.tolist() == [[True, True, False, False], *masked.mask.tolist()]
+    assert Condition.cat([bare, bare]).mask is None
+    assert torch.equal(masked.valid, masked.mask) and bare.valid.all() and bare.valid.shape == (1, 2)
+
+
 def test_conditions_that_do_not_fit_are_not_joined():
     with pytest.raises(ValueError, match="`mask`"):
         Condition.cat([condition(1, length=2, mask=False), condition(1, length=3, mask=False)])

@@ -8,7 +8,15 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from advdmd_lightning.draws import Draws
-from advdmd_lightning.flow import ODE, CoefficientPreserving, FlowSDE, Renoising, gaussian_log_prob, x0_from_velocity
+from advdmd_lightning.flow import (
+    ODE,
+    CoefficientPreserving,
+    FlowSDE,
+    Renoising,
+    few_step_grid,
+    gaussian_log_prob,
+    x0_from_velocity,
+)
 from advdmd_lightning.rollout import replay, simulate, split
 from tests.training import CAPTIONS, rollout, tiny_backbone, tiny_module
 
@@ -83,6 +91,17 @@ def test_groups_share_a_prompt_and_begin_alike_where_noise_is_shared(generator):
         assert samples.states[0, members].eq(samples.states[0, 3 * group]).all()
         assert samples.condition.embeds[members].eq(condition.embeds[group]).all()
     assert not samples.states[1, 0].equal(samples.states[1, 1])
+
+
+def test_samples_with_equal_streams_share_the_noise_of_a_step(generator):
+    backbone, prompts = tiny_backbone(), [0, 0, 1, 1]
+    own, common = Draws(range(4), 0), Draws(prompts, 0)
+    condition, noise = backbone.encode_text(CAPTIONS[:2]).repeat_interleave(2), common.noise(backbone.latent_shape)
+    grid = few_step_grid(3, backbone.shift)
+    samples = simulate(generator, Renoising(), grid, condition, noise, own, 2, step_draws={0: common})
+    first, second = samples.states[:, ::2], samples.states[:, 1::2]
+    torch.testing.assert_close(first[:2], second[:2], rtol=0, atol=1e-5)
+    assert (first[2] - second[2]).abs().mean((1, 2, 3)).min() > 0.1
 
 
 def test_starts_from_the_given_noise_in_float32(generator):

@@ -75,6 +75,49 @@ def test_two_processes_train_what_one_trains(folder, alone, strategy):
     assert not same(found["student"], tiny_module().student().state_dict())
 
 
+@pytest.fixture(scope="module")
+def policy(folder):
+    """Arguments of four cycles of GRPO alone, on rewards that read words; and what one process makes of them."""
+    grpo = {"advantage_scope": "batch", "shared_noise": True, "trained_steps": 1, "std_floor": 2e-3}
+    options = {"policy_alone": True, "cycles": 4, "decay": None}
+    launch(1, folder, name="policy", grpo=grpo, **options)
+    return grpo, options, result(folder, "policy")
+
+
+@pytest.mark.parametrize(("span", "strategy"), [(True, "fsdp2"), (False, "replicate")], ids=["spanning", "whole"])
+def test_groups_on_two_processes_train_what_they_train_on_one(folder, policy, span, strategy):
+    """With the standard deviation of the global batch, and noise that the members of a group share."""
+    grpo, options, expected = policy
+    grpo = grpo | {"span_processes": span}
+    launch(2, folder, name="groups", grpo=grpo, strategy=strategy, micro_batch=2, **options)
+    weights, measures = largest_difference(expected, result(folder, "groups"))
+    assert weights < 1e-5
+    assert {name: value for name, value in measures.items() if value > tolerance(name)} == {}
+    assert [0 < cycle["grpo/zero_std_share"] < 1 for cycle in expected["cycles"][2:]] == [True, True]
+    untrained = tiny_module().student().state_dict()
+    assert max(float((untrained[name] - value).abs().max()) for name, value in expected["student"].items()) > 1e-3
+
+
+def test_the_whole_method_with_groups_that_span_processes(folder, alone):
+    """What the guidance updates take of the rollout is not what one process takes: equal until the gate opens."""
+    form, reference = alone
+    if form == "adapters":
+        pytest.skip(MINUTES)
+    launch(2, folder, name="method", strategy="fsdp2", micro_batch=2, cycles=3, grpo={"span_processes": True})
+    found = result(folder, "method")["cycles"]
+    for ours, theirs in zip(found[:2], result(folder, reference)["cycles"][:2], strict=True):
+        shared = [name for name in ours if not name.startswith(LOCAL)]
+        assert [ours[name] for name in shared] == pytest.approx([theirs[name] for name in shared], rel=1e-4, abs=1e-5)
+    assert (found[2]["grpo/gate"], found[2]["grpo/ratio"]) == (1.0, 1.0)
+    assert found[2]["grad_norm/grpo"] > 0
+
+
+def test_processes_that_cannot_share_a_group_are_refused_before_the_first_cycle(folder):
+    with pytest.raises(AssertionError, match="`model.grpo.group_size` is 3, which 2 processes cannot share"):
+        launch(2, folder, name="odd", strategy="replicate", grpo={"group_size": 3, "span_processes": True})
+    assert not (folder / "odd.pt").exists()
+
+
 def test_resume_of_sharded_training_is_bitwise(folder, alone):
     form, _ = alone
     launch(

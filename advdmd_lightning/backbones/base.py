@@ -97,6 +97,25 @@ class Backbone(HoldsFrozen, ABC):
             generator: Draw from the VAE's posterior with this generator; None takes the posterior's mode.
         """
 
+    def encode_batch(self, batch: Mapping[str, Any]) -> tuple[Tensor, Condition, Sequence[str]]:
+        """Return latents, text and captions of a batch, encoded here unless it comes encoded.
+
+        Args:
+            batch: ``image`` and ``caption``, or ``latents``, ``embeds`` and perhaps ``pooled``, ``mask``, ``caption``.
+
+        Raises:
+            ValueError: if it has neither.
+        """
+        captions = batch.get("caption", ())
+        if "latents" in batch:
+            condition = Condition(batch["embeds"], batch.get("pooled"), batch.get("mask"))
+            return batch["latents"].float(), condition, captions
+        if "image" not in batch or "caption" not in batch:
+            raise ValueError(
+                f"a batch has the keys {sorted(batch)}; expected `image` and `caption`, or `latents` and `embeds`"
+            )
+        return self.encode_image(batch["image"]), self.encode_text(captions), captions
+
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Decode normalised latents (B, C, h, w) to images (B, 3, H, W), float32, clamped to [-1, 1].

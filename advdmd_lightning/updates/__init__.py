@@ -6,6 +6,7 @@ from advdmd_lightning.updates.generator import GeneratorLoss, generator_losses
 from advdmd_lightning.updates.gradients import add_gradients, gradient_norm, take_gradients
 from advdmd_lightning.updates.guidance import GuidanceLoss, guidance_loss, real_score_loss
 from advdmd_lightning.updates.measures import (
+    POLICY_METRICS,
     MeanMetrics,
     accuracy_metrics,
     mean_over_processes,
@@ -16,6 +17,7 @@ from advdmd_lightning.updates.micro_batches import micro_batches, portions
 from advdmd_lightning.updates.policy import passes, pathwise_losses, policy_losses, trajectory_advantages
 
 __all__ = [
+    "POLICY_METRICS",
     "Accuracy",
     "Critic",
     "GeneratorLoss",

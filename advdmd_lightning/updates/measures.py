@@ -10,6 +10,22 @@ from torch import Tensor
 from advdmd_lightning.records import Trajectory
 from advdmd_lightning.updates.critic import Accuracy
 
+POLICY_METRICS = (
+    "loss/grpo",
+    "loss/pathwise",
+    "reward_mean/",
+    "reward_std/",
+    "grpo/zero_std_share",
+    "grpo/ratio",
+    "grpo/clipped_fraction",
+    "grpo/kl",
+    "grpo/lambda",
+    "grad_norm/grpo",
+    "grad_norm/generator_without_grpo",
+    "samples/diversity",
+)
+"""Beginnings of the names of what only cycles with an open GRPO gate measure."""
+
 
 class MeanMetrics:
     """Means of values that come several times, by name."""
@@ -62,19 +78,19 @@ def mean_over_processes(metrics: Mapping[str, Tensor], reduce: Callable[[Tensor]
     return {name: part / whole for name, (part, whole) in zip(metrics, totals, strict=True) if whole}
 
 
-def reward_metrics(scores: Mapping[str, Tensor], rollout: Trajectory) -> dict[str, Tensor]:
+def reward_metrics(scores: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
     """Mean and spread within groups of every reward, per time step where it has one.
 
     Args:
         scores: each reward by name, (K, B) or (B,).
-        rollout: where they come from.
+        group_size: a divisor of B; the samples of one group are consecutive.
     """
     metrics = {}
     for name, score in scores.items():
         for k, row in enumerate(torch.atleast_2d(score)):
             suffix = f"/step{k + 1}" if score.ndim == 2 else ""
             metrics[f"reward_mean/{name}{suffix}"] = row.mean()
-            metrics[f"reward_std/{name}{suffix}"] = row.view(rollout.num_groups, -1).std(1).mean()
+            metrics[f"reward_std/{name}{suffix}"] = row.view(-1, group_size).std(1).mean()
     return metrics
 
 

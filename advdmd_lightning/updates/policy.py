@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from advdmd_lightning.backbones.roles import Role
 from advdmd_lightning.equations import Advantages, GRPOLoss, combine_rewards, discriminator_score, grpo_loss
 from advdmd_lightning.flow import Transition, gaussian_kl, gaussian_log_prob
+from advdmd_lightning.groups import Groups
 from advdmd_lightning.records import Trajectory
 from advdmd_lightning.rewards.base import Reward, Rollout
 from advdmd_lightning.rollout import replay, split
@@ -19,17 +21,30 @@ from advdmd_lightning.updates.gradients import surrogate_loss
 
 
 def trajectory_advantages(
-    rewards: Sequence[Reward], rollout: Rollout, settings: GRPOSettings
+    rewards: Sequence[Reward], rollout: Rollout, settings: GRPOSettings, groups: Groups | None = None
 ) -> tuple[Advantages, dict[str, Tensor]]:
-    """Return advantages (K, B) (3.9) of the rewards together, and each reward by name."""
+    """Return advantages (K, B) (3.9) of the rewards together, and each reward by name.
+
+    Args:
+        rewards: the rewards.
+        rollout: this process's B samples.
+        settings: floor and scope of the standard deviation.
+        groups: where the samples stand among those of W processes, which then must all call this together; None = the
+            samples are all there are.
+
+    Returns:
+        Advantages of the B samples, with the share of zero-std groups of all processes; and the rewards of all samples,
+        (K, W * B) or (W * B,).
+    """
     trajectory = rollout.trajectory
-    scores = {reward.name: reward(rollout) for reward in rewards}
+    groups = groups or Groups.form(trajectory.condition[:: trajectory.group_size], (), trajectory.group_size)
+    scores = {reward.name: groups.gather(reward(rollout)) for reward in rewards}
     rows = [s.expand(trajectory.num_steps, -1) for s in scores.values()]
     weights = [reward.weight for reward in rewards]
     advantages = combine_rewards(
-        rows, weights, trajectory.group_size, std_floor=settings.std_floor, scope=settings.advantage_scope
+        rows, weights, groups.size, std_floor=settings.std_floor, scope=settings.advantage_scope
     )
-    return advantages, scores
+    return replace(advantages, values=groups.own(advantages.values)), scores
 
 
 def policy_losses(
