@@ -75,7 +75,7 @@ class Meter(L.Callback):
     """Times cycles, with the gate closed and then open."""
 
     def __init__(self, repeats: int) -> None:
-        self.gates = [False, *[False] * repeats, *[True] * repeats]
+        self.gates = [False, True, *[False] * repeats, *[True] * repeats]
         self.seconds: dict[bool, list[float]] = {False: [], True: []}
 
     def on_train_batch_start(  # type: ignore[override]
@@ -88,8 +88,8 @@ class Meter(L.Callback):
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: AdvDMDModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop it; the first cycle does not count."""
-        if batch_idx:
+        """Stop it; the first cycle of each kind does not count."""
+        if batch_idx > 1:
             self.seconds[self.gates[batch_idx]].append(_clock(pl_module.device) - self._began)
 
 
@@ -159,29 +159,35 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pretrained = [] if on_gpu else [f"--model.backbone.init_args.pretrained={_small(Path(folder))}"]
         common = [*COMMON, *pretrained, *(ON_GPU if on_gpu else ON_CPU)]
-        results = {form: _result([*common, *FORMS[form]], args.repeats, rate) for form in args.forms}
+        results = {}
+        for form in args.forms:
+            results[form] = _result([*common, *FORMS[form]], args.repeats, rate)
+            if args.out:
+                found = {"device": name, "matrix_product": rate, "forms": results}
+                args.out.write_text(json.dumps(found, indent=2) + "\n")
     print(f"{name}; matrix product: {rate / 1e12:.3g} x 10^12 floating-point operations per second\n")
     print(_table(results))
-    if args.out:
-        args.out.write_text(json.dumps({"device": name, "matrix_product": rate, "forms": results}, indent=2) + "\n")
 
 
 def _result(words: list[str], repeats: int, rate: float) -> dict[str, float]:
     """Measure in a process of its own, whose memory is given back at once, and plan in this one."""
+    plan = plan_of([*words, "--trainer.devices=1"], cli.read)
+    planned = max(plan.peak(gate).total() for gate in plan.cycles) / GIB
     command = [sys.executable, "-m", "benchmarks.scale", "--repeats", str(repeats), "--measure", *words]
     settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+    if "OutOfMemoryError" in done.stderr:
+        return {"planned": planned}
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
     measured = json.loads(done.stdout.splitlines()[-1])
-    plan = plan_of([*words, "--trainer.devices=1"], cli.read)
     return {
         "seconds": measured["seconds_False"],
         "seconds_grpo": measured["seconds_True"],
         "share": _share(plan, False, measured["seconds_False"], rate),
         "share_grpo": _share(plan, True, measured["seconds_True"], rate),
         "peak": measured["peak"],
-        "planned": max(plan.peak(gate).total() for gate in plan.cycles) / GIB,
+        "planned": planned,
     }
 
 
@@ -195,6 +201,8 @@ def _table(results: dict[str, dict[str, float]]) -> str:
     rows = [
         f"| {form} | {r['seconds']:.2f} | {r['seconds_grpo']:.2f} | {r['share']:.0%} | {r['share_grpo']:.0%} "
         f"| {r['peak']:.2f} | {r['planned']:.2f} | {r['planned'] / r['peak']:.2f} |"
+        if "peak" in r
+        else f"| {form} | out of memory | | | | | {r['planned']:.2f} | |"
         for form, r in results.items()
     ]
     return "\n".join([f"| {' | '.join(columns)} |", "|---|" + "---:|" * 7, *rows])
