@@ -15,7 +15,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, IterableDataset
@@ -27,6 +26,8 @@ from advdmd_lightning.records import Trajectory
 from advdmd_lightning.strategies import Sharding, ShardOver, make_mesh
 
 ROLES = ("generator", "fake_score", "teacher")
+IN_FLOAT32 = ("layer_norm", "group_norm", "rms_norm", "softmax")
+"""Of ``torch.nn.functional``, what CUDA's autocast computes in float32."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def rehearse(build: Callable[[], AdvDMDModule], averages: bool, world: World, lo
     """
     with _strategy(world) as strategy, warnings.catch_warnings(), FakeTensorMode() as mode:
         warnings.simplefilter("ignore")
-        with Ledger(mode) as ledger, _CudaAutocast():
+        with Ledger(mode) as ledger, _as_on_a_gpu():
             module = build()
             module.keeps_average = averages
             watch = _Watch(ledger, [False, True] if module.grpo.weight else [False])
@@ -102,16 +103,26 @@ def rehearse(build: Callable[[], AdvDMDModule], averages: bool, world: World, lo
         return watch.cycles
 
 
-class _CudaAutocast(TorchFunctionMode):
-    """Computes under autocast in float32 what a GPU would; a CPU leaves some of it in bfloat16."""
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    """Compute under autocast in float32 what a GPU would; a CPU leaves it in bfloat16."""
+    kept = {name: getattr(functional, name) for name in IN_FLOAT32}
 
-    IN_FLOAT32 = (functional.layer_norm, functional.group_norm, functional.rms_norm, functional.softmax, torch.softmax)
+    def raised(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def in_float32(*args: Any, **kwargs: Any) -> Tensor:
+            if torch.is_autocast_enabled("cpu"):
+                args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+            return run(*args, **kwargs)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in self.IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
-        return func(*args, **kwargs)
+        return in_float32
+
+    for name, run in kept.items():
+        setattr(functional, name, raised(run))
+    try:
+        yield
+    finally:
+        for name, run in kept.items():
+            setattr(functional, name, run)
 
 
 class _Watch(L.Callback):

@@ -202,11 +202,16 @@ def test_attention_that_a_cpu_has_not_is_planned_as_flash():
 
 def test_norms_are_in_float32_under_autocast_as_on_a_gpu():
     layer, x = torch.nn.LayerNorm(4), torch.zeros(2, 4, dtype=torch.bfloat16)
-    with rehearsal._CudaAutocast(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with rehearsal._as_on_a_gpu(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(x).dtype == torch.float32
         assert torch.nn.functional.linear(layer(x), torch.zeros(3, 4)).dtype == torch.bfloat16
-    with rehearsal._CudaAutocast():
+    with rehearsal._as_on_a_gpu():
         assert layer.bfloat16()(x).dtype == torch.bfloat16
+
+
+def test_mixed_precision_with_checkpointing_can_be_planned(plan):
+    mixed = command.plan_of(words("--trainer.precision=bf16-mixed", CHECKPOINTING, "--model.grpo.weight=0"), cli.read)
+    assert mixed.samples(False) == plan.samples(False)
 
 
 def test_world_size():
