@@ -49,6 +49,7 @@ from advdmd_lightning.updates import (
     accuracy_metrics,
     add_gradients,
     critic_of,
+    draw_steps,
     generator_losses,
     gradient_norm,
     guidance_loss,
@@ -237,13 +238,9 @@ class AdvDMDModule(FewStepSampling):
         """What the policy loss trains in this cycle, the same on every rank; nothing while the gate is closed."""
         if not self.grpo_weight:
             return ()
-        stochastic = [k for k, noisy in enumerate(self.transition.stochastic_steps(self.grid)) if noisy]
-        count = self.grpo.trained_steps or len(stochastic)
-        if count >= len(stochastic):
-            return tuple(stochastic)
-        (source,) = Draws([0], self.seed, self.global_step, "trained steps").generators
-        drawn = torch.randperm(len(stochastic), generator=source)[:count]
-        return tuple(sorted(stochastic[i] for i in drawn.tolist()))
+        stochastic = self.transition.stochastic_steps(self.grid)
+        on_cpu = Draws([0], self.seed, self.global_step, "trained steps")
+        return draw_steps(stochastic, self.grpo.trained_steps, on_cpu)
 
     def _groups(self, condition: Condition, captions: Sequence[str]) -> Groups:
         """What is simulated: one sample for each of the batch's prompts, or with the gate open a group."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ from advdmd_lightning.embedded import architecture
 from advdmd_lightning.module import AdvDMDModule
 from advdmd_lightning.planning.command import plan_of
 from advdmd_lightning.planning.plan import GIB, Plan
+from benchmarks.recorder import peak_memory
 
 PRETRAINED = "stabilityai/stable-diffusion-3.5-medium"
 ADAPTERS = "--model.roles=advdmd_lightning.backbones.Adapters"
@@ -106,7 +106,7 @@ def measure(words: list[str], repeats: int) -> dict[str, Any]:
     """Run cycles; return median seconds with the gate closed and open, and the peak of memory in GiB."""
     on_gpu = torch.cuda.is_available()
     config, build = cli.read(words)
-    before = _resident()
+    before = 0.0 if on_gpu else peak_memory(torch.device("cpu")) / GIB
     module, meter = build(config), Meter(repeats)
     trainer = L.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
@@ -121,10 +121,7 @@ def measure(words: list[str], repeats: int) -> dict[str, Any]:
     )
     batches = _Batches(module.backbone.image_size, config.data.batch_size)
     trainer.fit(module, DataLoader(batches, batch_size=None))
-    if on_gpu:
-        peak = torch.cuda.max_memory_allocated() / GIB
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before
+    peak = peak_memory(module.device) / GIB - before
     medians = {f"seconds_{gate}": statistics.median(meter.seconds[gate]) for gate in (False, True)}
     return {**medians, "peak": peak}
 
@@ -223,12 +220,6 @@ def _small(folder: Path) -> Path:
     path = target / "vae" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"block_out_channels": [32, 32, 64, 64]}))
     return target
-
-
-def _resident() -> float:
-    """Memory of this process now, GiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / GIB
 
 
 def _clock(device: torch.device) -> float:

@@ -49,7 +49,7 @@ class Backbone(HoldsFrozen, ABC):
         num_blocks: Number of transformer blocks; taps are block indices in [0, num_blocks).
         feature_channels: Channels D of a feature map.
         dtype: Precision of everything frozen (text encoders, VAE, teacher).
-        defers_weights: Whether networks of roles begin without values, which ``fill_network`` gives them later.
+        defers_weights: Whether networks of roles begin without values, which ``Roles.fill`` gives them later.
     """
 
     _place: Tensor

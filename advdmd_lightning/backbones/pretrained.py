@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from packaging.version import Version
 from transformers.utils import logging as transformers_logging
 
+Weights = Literal["pretrained", "random"]
 KEY = "backbone.init_args.pretrained"
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 """What ``from_pretrained`` of the installed diffusers calls its dtype."""
@@ -72,72 +73,51 @@ def read_index(pretrained: str, revision: str | None, expected: str) -> dict[str
     return index
 
 
-def load_around_skeleton(
+def open_pipeline(
     pipeline: type[DiffusionPipeline],
     transformer: type[ModelMixin],
     source: str,
     revision: str | None,
     dtype: torch.dtype,
+    weights: Weights,
     **components: Any,
 ) -> Any:
-    """Load a stock pipeline around a transformer without storage: the stock text code reads only its config.
+    """Make a stock pipeline around a transformer without storage: the stock text code reads only its config.
 
     Args:
         pipeline: The pipeline's class.
         transformer: Its transformer's class.
-        source: A folder or hub id, as ``embedded.locate`` returns it.
+        source: A folder or hub id.
         revision: Branch, tag or commit of a hub id.
-        dtype: Precision of what is loaded.
+        dtype: Precision of the other components.
+        weights: ``pretrained``; or ``random``: built from configurations alone, without tokenizers.
         components: Other components that take the place of the checkpoint's own; None leaves one out.
 
     Returns:
         The pipeline.
     """
-    config = transformer.load_config(source, subfolder="transformer", revision=revision)
-    with torch.device("meta"):
-        skeleton = transformer.from_config(config)
-    arguments = {"revision": revision, "transformer": skeleton, DTYPE_ARGUMENT: dtype, **components}
-    return pipeline.from_pretrained(source, **arguments)
-
-
-def build_around_skeleton(
-    pipeline: type[DiffusionPipeline],
-    transformer: type[ModelMixin],
-    source: str,
-    revision: str | None,
-    dtype: torch.dtype,
-    **components: Any,
-) -> Any:
-    """Build a stock pipeline with random weights from its configurations alone, without tokenizers.
-
-    Args:
-        pipeline: As for :func:`load_around_skeleton`, like the others.
-        transformer: Its transformer's class.
-        source: Where the configurations are.
-        revision: Branch, tag or commit of a hub id.
-        dtype: Precision.
-        components: Other components that take the place of the pipeline's own; None leaves one out.
-
-    Returns:
-        The pipeline.
-    """
     where = {"pretrained_model_name_or_path": source, "revision": revision}
+    config = transformer.load_config(**where, subfolder="transformer")
     with torch.device("meta"):
-        components["transformer"] = transformer.from_config(transformer.load_config(**where, subfolder="transformer"))
+        components["transformer"] = transformer.from_config(config)
+    if weights == "pretrained":
+        return pipeline.from_pretrained(**where, **{DTYPE_ARGUMENT: dtype}, **components)
     for name, named in pipeline.load_config(**where).items():
-        if name in components or name.startswith("_") or not isinstance(named, list | tuple):
-            continue
-        library, kind = named
-        if library is None or "tokenizer" in name or "processor" in name:
-            components[name] = None
-            continue
-        made: Any = getattr(import_module(library), kind)
-        with default_dtype(dtype):
-            if issubclass(made, ConfigMixin):
-                components[name] = made.from_config(made.load_config(**where, subfolder=name))
-            else:
-                components[name] = made(made.config_class.from_pretrained(source, revision=revision, subfolder=name))
+        if name not in components and not name.startswith("_") and isinstance(named, list | tuple):
+            library, kind = named
+            components[name] = _random_component(name, library, kind, where, dtype)
     return pipeline(**components)
+
+
+def _random_component(name: str, library: str | None, kind: str, where: dict[str, Any], dtype: torch.dtype) -> Any:
+    """A component built from its configuration; None for one that handles words, or is not there."""
+    if library is None or "tokenizer" in name or "processor" in name:
+        return None
+    made: Any = getattr(import_module(library), kind)
+    with default_dtype(dtype):
+        if issubclass(made, ConfigMixin):
+            return made.from_config(made.load_config(**where, subfolder=name))
+        return made(made.config_class.from_pretrained(**where, subfolder=name))
 
 
 def random_network(transformer: type[ModelMixin], config: Mapping[str, Any], dtype: torch.dtype) -> ModelMixin:

@@ -6,22 +6,19 @@ The text encoder and the VAE are used through the stock pipeline's own code, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from advdmd_lightning.backbones.base import Backbone, StockUse, input_dtype
-from advdmd_lightning.backbones.deferred import skeleton, stored_weights
+from advdmd_lightning.backbones.base import StockUse, input_dtype
+from advdmd_lightning.backbones.pipeline import FrozenDtype, PipelineBackbone
 from advdmd_lightning.backbones.pretrained import (
-    DTYPE_ARGUMENT,
     KEY,
-    build_around_skeleton,
-    load_around_skeleton,
-    random_network,
+    Weights,
+    open_pipeline,
     read_index,
     sampling_shift,
     scheduler_like,
@@ -51,10 +48,9 @@ LONGEST_TEXT = 1024
 """Most tokens of a caption that the stock pipeline accepts."""
 NO_CAPTION = " "
 """What stands for the empty caption (R: the negative prompt of Qwen-Image's own examples)."""
-FrozenDtype = Literal["float32", "bfloat16", "float16"]
 
 
-class QwenImageBackbone(Backbone):
+class QwenImageBackbone(PipelineBackbone):
     """Qwen-Image, and any other pipeline of its class.
 
     The checkpoint's scheduler computes its shift from the image size, so ``shift`` must be given; pipelines written by
@@ -81,6 +77,8 @@ class QwenImageBackbone(Backbone):
             it, or no shift is known.
     """
 
+    PIPELINE = QwenImagePipeline
+    TRANSFORMER = QwenImageTransformer2DModel
     vae: AutoencoderKLQwenImage
 
     def __init__(
@@ -91,20 +89,24 @@ class QwenImageBackbone(Backbone):
         max_sequence_length: int = 512,
         shift: float | None = None,
         dtype: FrozenDtype = "float32",
-        weights: Literal["pretrained", "random"] = "pretrained",
+        weights: Weights = "pretrained",
     ) -> None:
         source = locate(pretrained, KEY) if weights == "pretrained" else architecture(pretrained, KEY)
         read_index(source, revision, QwenImagePipeline.__name__)
         _check_text_length(max_sequence_length)
-        make = load_around_skeleton if weights == "pretrained" else build_around_skeleton
-        pipeline: QwenImagePipeline = make(
-            QwenImagePipeline, QwenImageTransformer2DModel, source, revision, getattr(torch, dtype)
+        pipeline: QwenImagePipeline = open_pipeline(
+            self.PIPELINE, self.TRANSFORMER, source, revision, getattr(torch, dtype), weights
         )
         config = pipeline.transformer.config
         side = resolution or pipeline.default_sample_size * pipeline.vae_scale_factor
         _check_resolution(side, pipeline.vae_scale_factor * PATCH)
         latent_side = side // pipeline.vae_scale_factor
         super().__init__(
+            pipeline,
+            source,
+            revision,
+            weights,
+            encoders=("vae", "text_encoder"),
             latent_shape=(config.in_channels // PATCH**2, latent_side, latent_side),
             image_size=side,
             shift=sampling_shift(shift, pipeline.scheduler),
@@ -112,11 +114,7 @@ class QwenImageBackbone(Backbone):
             feature_channels=config.num_attention_heads * config.attention_head_dim,
             dtype=getattr(torch, dtype),
         )
-        self.max_sequence_length, self.weights = max_sequence_length, weights
-        self._source: dict[str, Any] = {"pretrained_model_name_or_path": source, "revision": revision}
-        self._pipeline = pipeline
-        self.hold("vae", pipeline.vae)
-        self.hold("text_encoder", pipeline.text_encoder)
+        self.max_sequence_length = max_sequence_length
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Condition:
@@ -128,7 +126,7 @@ class QwenImageBackbone(Backbone):
             width = self._pipeline.transformer.config.joint_attention_dim
             zeros = torch.zeros(len(captions), self.max_sequence_length, width, dtype=self.dtype, device=self.device)
             return Condition(embeds=zeros, mask=torch.ones(zeros.shape[:2], dtype=torch.bool, device=self.device))
-        with self._own_precision():
+        with self.own_precision():
             embeds, mask = self._pipeline.encode_prompt(
                 prompt=[caption or NO_CAPTION for caption in captions],
                 device=self.device,
@@ -141,7 +139,7 @@ class QwenImageBackbone(Backbone):
     @torch.no_grad()
     def encode_image(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Encode images, as videos of one frame, to ``(latents - mean) / std`` per channel; see the base class."""
-        with self._own_precision():
+        with self.own_precision():
             posterior = self.vae.encode(image.to(self.device, self.vae.dtype).unsqueeze(2)).latent_dist
         latents = posterior.mode() if generator is None else posterior.sample(generator)
         mean, std = self._latent_statistics()
@@ -151,29 +149,9 @@ class QwenImageBackbone(Backbone):
         """Decode ``latents * std + mean``, which the VAE itself clamps; see the base class."""
         mean, std = self._latent_statistics()
         latents = (latents.to(self.device) * std + mean).to(self.vae.dtype)
-        with self._own_precision():
+        with self.own_precision():
             image = self.vae.decode(latents.unsqueeze(2), return_dict=False)[0]
         return at_least_float32(image.squeeze(2))
-
-    def new_network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Read the transformer from the checkpoint; see the base class.
-
-        Reading it again for each role keeps no spare copy in memory.
-        """
-        if self.weights == "random":
-            return random_network(QwenImageTransformer2DModel, self._pipeline.transformer.config, dtype)
-        arguments = {"subfolder": "transformer", DTYPE_ARGUMENT: dtype}
-        return QwenImageTransformer2DModel.from_pretrained(**self._source, **arguments)
-
-    def empty_network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Build it from its configuration; see the base class."""
-        return skeleton(lambda: random_network(QwenImageTransformer2DModel, self._pipeline.transformer.config, dtype))
-
-    def stored_weights(self) -> Mapping[str, Callable[[], Tensor]]:
-        """Look into the checkpoint's files; random weights are made; see the base class."""
-        if self.weights == "random":
-            return {name: weight.clone for name, weight in self.new_network().state_dict().items()}
-        return stored_weights(**self._source, subfolder="transformer")
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Call the transformer at timestep ``t``; see the base class.
@@ -212,17 +190,6 @@ class QwenImageBackbone(Backbone):
         size = {"height": self.image_size, "width": self.image_size}
         return StockUse({}, {"true_cfg_scale": 1.0, **size, "max_sequence_length": self.max_sequence_length})
 
-    def save_pipeline(self, folder: str | Path, network: nn.Module, scheduler: SchedulerMixin | None = None) -> None:
-        """Write a ``QwenImagePipeline``; see the base class."""
-        scheduler = scheduler or scheduler_like(self._pipeline.scheduler, shift=self.shift)
-        components = {**self._pipeline.components, "transformer": network, "scheduler": scheduler}
-        QwenImagePipeline(**components).save_pretrained(folder)
-
-    def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
-        """Return the dual-stream transformer blocks; see the base class."""
-        blocks: Any = network.transformer_blocks
-        return list(blocks)
-
     def lora_targets(self) -> tuple[str, ...]:
         """Return the attentions' projections and the feed-forwards of both streams (R: Flow-GRPO); see the base class.
 
@@ -235,10 +202,6 @@ class QwenImageBackbone(Backbone):
         config = self.vae.config
         mean, std = (torch.tensor(x, device=self.device) for x in (config.latents_mean, config.latents_std))
         return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
-
-    def _own_precision(self) -> torch.autocast:
-        """Keep autocast out, so that fresh embeddings and latents equal cached ones."""
-        return torch.autocast(self.device.type, enabled=False)
 
 
 def _check_text_length(length: int) -> None:

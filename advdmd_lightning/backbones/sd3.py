@@ -6,21 +6,18 @@ The text encoders and the VAE are used through the stock pipeline's own code, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from advdmd_lightning.backbones.base import Backbone, StockUse, input_dtype
-from advdmd_lightning.backbones.deferred import skeleton, stored_weights
+from advdmd_lightning.backbones.base import StockUse, input_dtype
+from advdmd_lightning.backbones.pipeline import FrozenDtype, PipelineBackbone
 from advdmd_lightning.backbones.pretrained import (
-    DTYPE_ARGUMENT,
     KEY,
-    build_around_skeleton,
-    load_around_skeleton,
-    random_network,
+    Weights,
+    open_pipeline,
     read_index,
     sampling_shift,
     scheduler_like,
@@ -45,12 +42,11 @@ LORA_TARGETS = (
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     *("net.0.proj", "net.2"),
 )
-FrozenDtype = Literal["float32", "bfloat16", "float16"]
 CLIP_TOKENS = 77
 """Places for text in front of T5's, whichever encoders are loaded (diffusers' default of ``tokenizer_max_length``)."""
 
 
-class SD3Backbone(Backbone):
+class SD3Backbone(PipelineBackbone):
     """SD3-medium, SD3.5-medium, SD3.5-large, and the tiny teacher inside this package.
 
     Args:
@@ -70,6 +66,8 @@ class SD3Backbone(Backbone):
         ValueError: ``pretrained`` is not an SD3 pipeline, or ``resolution`` does not fit it, or no shift is known.
     """
 
+    PIPELINE = StableDiffusion3Pipeline
+    TRANSFORMER = SD3Transformer2DModel
     vae: AutoencoderKL
 
     def __init__(
@@ -81,21 +79,25 @@ class SD3Backbone(Backbone):
         load_t5: bool = True,
         shift: float | None = None,
         dtype: FrozenDtype = "float32",
-        weights: Literal["pretrained", "random"] = "pretrained",
+        weights: Weights = "pretrained",
     ) -> None:
         source = locate(pretrained, KEY) if weights == "pretrained" else architecture(pretrained, KEY)
         index = read_index(source, revision, StableDiffusion3Pipeline.__name__)
         with_t5 = load_t5 and index["text_encoder_3"][0] is not None
         absent = {} if with_t5 else {"text_encoder_3": None, "tokenizer_3": None}
-        make = load_around_skeleton if weights == "pretrained" else build_around_skeleton
-        pipeline: StableDiffusion3Pipeline = make(
-            StableDiffusion3Pipeline, SD3Transformer2DModel, source, revision, getattr(torch, dtype), **absent
+        pipeline: StableDiffusion3Pipeline = open_pipeline(
+            self.PIPELINE, self.TRANSFORMER, source, revision, getattr(torch, dtype), weights, **absent
         )
         config = pipeline.transformer.config
         side = resolution or config.sample_size * pipeline.vae_scale_factor
         _check_resolution(side, config, pipeline.vae_scale_factor)
         latent_side = side // pipeline.vae_scale_factor
         super().__init__(
+            pipeline,
+            source,
+            revision,
+            weights,
+            encoders=("vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
             latent_shape=(config.in_channels, latent_side, latent_side),
             image_size=side,
             shift=sampling_shift(shift, pipeline.scheduler),
@@ -103,14 +105,8 @@ class SD3Backbone(Backbone):
             feature_channels=config.num_attention_heads * config.attention_head_dim,
             dtype=getattr(torch, dtype),
         )
-        self.max_sequence_length, self.weights = max_sequence_length, weights
-        self._source: dict[str, Any] = {"pretrained_model_name_or_path": source, "revision": revision}
-        self._pipeline = pipeline
+        self.max_sequence_length = max_sequence_length
         self._patch_size: int = config.patch_size
-        self.hold("vae", pipeline.vae)
-        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-            if pipeline.components[name] is not None:
-                self.hold(name, pipeline.components[name])
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> Condition:
@@ -120,7 +116,7 @@ class SD3Backbone(Backbone):
             embeds = torch.zeros(len(captions), length, config.joint_attention_dim, dtype=self.dtype)
             pooled = embeds.new_zeros(len(captions), config.pooled_projection_dim)
             return Condition(embeds=embeds, pooled=pooled).to(self.device)
-        with self._own_precision():
+        with self.own_precision():
             embeds, _, pooled, _ = self._pipeline.encode_prompt(
                 prompt=list(captions),
                 prompt_2=None,
@@ -134,7 +130,7 @@ class SD3Backbone(Backbone):
     @torch.no_grad()
     def encode_image(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Encode images to ``(latents - shift_factor) * scaling_factor``; see the base class."""
-        with self._own_precision():
+        with self.own_precision():
             posterior = self.vae.encode(image.to(self.device, self.vae.dtype)).latent_dist
         latents = posterior.mode() if generator is None else posterior.sample(generator)
         return (at_least_float32(latents) - self.vae.config.shift_factor) * self.vae.config.scaling_factor
@@ -143,28 +139,9 @@ class SD3Backbone(Backbone):
         """Decode ``latents / scaling_factor + shift_factor``; see the base class."""
         config = self.vae.config
         latents = latents.to(self.device, self.vae.dtype) / config.scaling_factor + config.shift_factor
-        with self._own_precision():
+        with self.own_precision():
             image = self.vae.decode(latents, return_dict=False)[0]
         return at_least_float32(image).clamp(-1, 1)
-
-    def new_network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Read the transformer from the checkpoint; see the base class.
-
-        Reading it again for each role keeps no spare copy in memory.
-        """
-        if self.weights == "random":
-            return random_network(SD3Transformer2DModel, self._pipeline.transformer.config, dtype)
-        return SD3Transformer2DModel.from_pretrained(**self._source, subfolder="transformer", **{DTYPE_ARGUMENT: dtype})
-
-    def empty_network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Build it from its configuration; see the base class."""
-        return skeleton(lambda: random_network(SD3Transformer2DModel, self._pipeline.transformer.config, dtype))
-
-    def stored_weights(self) -> Mapping[str, Callable[[], Tensor]]:
-        """Look into the checkpoint's files; random weights are made; see the base class."""
-        if self.weights == "random":
-            return {name: weight.clone for name, weight in self.new_network().state_dict().items()}
-        return stored_weights(**self._source, subfolder="transformer")
 
     def velocity(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Call the transformer at timestep ``1000 t``; see the base class."""
@@ -200,17 +177,6 @@ class SD3Backbone(Backbone):
         size = {"height": self.image_size, "width": self.image_size}
         return StockUse(empty, {"guidance_scale": 1.0, **size, "max_sequence_length": self.max_sequence_length})
 
-    def save_pipeline(self, folder: str | Path, network: nn.Module, scheduler: SchedulerMixin | None = None) -> None:
-        """Write a ``StableDiffusion3Pipeline``; see the base class."""
-        scheduler = scheduler or scheduler_like(self._pipeline.scheduler, shift=self.shift)
-        components = {**self._pipeline.components, "transformer": network, "scheduler": scheduler}
-        StableDiffusion3Pipeline(**components).save_pretrained(folder)
-
-    def blocks(self, network: nn.Module) -> Sequence[nn.Module]:
-        """Return the joint transformer blocks; see the base class."""
-        blocks: Any = network.transformer_blocks
-        return list(blocks)
-
     def lora_targets(self) -> tuple[str, ...]:
         """Return the attentions' projections and the feed-forwards of both streams (O); see the base class."""
         return LORA_TARGETS
@@ -219,10 +185,6 @@ class SD3Backbone(Backbone):
         """The image tokens of a block's output, as a map."""
         height, width = (side // self._patch_size for side in x_t.shape[-2:])
         return feature_map(output[1], height, width)
-
-    def _own_precision(self) -> torch.autocast:
-        """Keep autocast out, so that fresh embeddings and latents equal cached ones."""
-        return torch.autocast(self.device.type, enabled=False)
 
 
 def _check_resolution(side: int, config: Any, vae_scale: int) -> None:

@@ -102,7 +102,7 @@ def restore(recipe: Recipe, trained: TrainedGenerator, checkpoint: Path) -> Role
         ValueError: They are of another network than the recipe's.
     """
     backbone = recipe.backbone
-    role = recipe.roles(backbone).generator if trained.is_adapter else Role(backbone, backbone.new_network())
+    role = recipe.roles(backbone).generator if trained.is_adapter else Role(backbone, backbone.empty_network())
     try:
         role.load_state_dict(trained.weights, assign=True)  # without a copy
     except RuntimeError as error:

@@ -83,13 +83,6 @@ class Ledger(TorchDispatchMode, Profiler):
                 self._kinds[key] = kind
                 self._change(key, 0 if kind == ELSEWHERE else local.untyped_storage().nbytes())
 
-    def clear(self) -> None:
-        """Forget what is in memory; what is labelled from now on counts again."""
-        self._kinds.clear()
-        self._sizes.clear()
-        self._alive.clear()
-        self.now.clear()
-
     def start(self, action_name: str) -> None:
         """Begin a phase; see ``Profiler``. Other actions are none."""
         if action_name in PHASES:

@@ -136,7 +136,6 @@ class _Watch(L.Callback):
         """Label weights; have the optimizers make their state; count what passes the networks."""
         roles, label = pl_module.roles, self.ledger.label
         object.__setattr__(pl_module, "log_dict", lambda *_, **__: None)
-        self.ledger.clear()
         for module in pl_module.backbone.modules_held():
             label("encoders", _tensors(module))
         for name in ROLES:

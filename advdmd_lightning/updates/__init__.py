@@ -1,7 +1,7 @@
 """What each update of a cycle minimises: the equations, applied to the roles on one rollout."""
 
 from advdmd_lightning.updates.critic import Accuracy, Critic, critic_of
-from advdmd_lightning.updates.draws import draw_times
+from advdmd_lightning.updates.draws import draw_steps, draw_times
 from advdmd_lightning.updates.generator import GeneratorLoss, generator_losses
 from advdmd_lightning.updates.gradients import add_gradients, gradient_norm, take_gradients
 from advdmd_lightning.updates.guidance import GuidanceLoss, guidance_loss, real_score_loss
@@ -26,6 +26,7 @@ __all__ = [
     "accuracy_metrics",
     "add_gradients",
     "critic_of",
+    "draw_steps",
     "draw_times",
     "generator_losses",
     "gradient_norm",

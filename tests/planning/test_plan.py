@@ -13,7 +13,6 @@ from torch.profiler import ProfilerActivity, profile
 from advdmd_lightning import cli
 from advdmd_lightning.planning import command, rehearsal
 from advdmd_lightning.planning.plan import CARDS, GIB, make_plan
-from advdmd_lightning.planning.rehearsal import World
 from tests.tiny import build_sd3
 
 BATCH, STEPS, UPDATES, ROLLOUT = 4, 2, 5, 8
@@ -212,7 +211,3 @@ def test_norms_are_in_float32_under_autocast_as_on_a_gpu():
 def test_mixed_precision_with_checkpointing_can_be_planned(plan):
     mixed = command.plan_of(words("--trainer.precision=bf16-mixed", CHECKPOINTING, "--model.grpo.weight=0"), cli.read)
     assert mixed.samples(False) == plan.samples(False)
-
-
-def test_world_size():
-    assert World(8, 2, "node", "bf16-mixed").size == 16
