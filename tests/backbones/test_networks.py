@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -141,6 +143,27 @@ def test_files_that_lack_a_weight_are_refused(backbone):
     network = backbone.empty_network()
     with pytest.raises(ValueError, match="lack 2 weights of the network, such as proj_out"):
         fill(network, lambda: {n: w for n, w in backbone.stored_weights().items() if "proj_out" not in n}, CPU)
+
+
+def read_in_process(rank: int, folder: str) -> None:
+    """Fill a network whose files the first process cannot read, and note what each process says."""
+    backbone = new_backbone("sd3")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    network = backbone.empty_network()
+    shard(network, backbone.blocks(network), init_device_mesh("cpu", (2,)), None)
+    try:
+        fill(network, lambda: stored_weights(f"{folder}/nowhere", None, subfolder="transformer"), CPU)
+    except ValueError as error:
+        Path(folder, f"{rank}.txt").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def test_files_that_cannot_be_read_are_an_error_in_every_process(tmp_path):
+    (tmp_path / "nowhere").mkdir()
+    torch.multiprocessing.spawn(read_in_process, (str(tmp_path),), nprocs=2)
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert said[0] == said[1]
+    assert "nowhere/transformer has no safetensors files" in said[0]
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path):
