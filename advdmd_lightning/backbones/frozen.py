@@ -24,6 +24,7 @@ class HoldsFrozen(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._held: list[nn.Module] = []
+        self._resting: list[nn.Module] = []
 
     def hold(self, name: str, module: nn.Module) -> None:
         """Freeze ``module``, put it in eval mode and make it the attribute ``name``."""
@@ -50,12 +51,17 @@ class HoldsFrozen(nn.Module):
         )
 
     def let_go(self, module: nn.Module) -> None:
-        """Move a held module with its owner no more."""
+        """Move a held module with its owner no more: it rests in main memory."""
         self._held.remove(module)
+        self._resting.append(module)
 
     def modules_held(self) -> Sequence[nn.Module]:
         """Return what is held and moves with its owner."""
         return tuple(self._held)
+
+    def modules_resting(self) -> Sequence[nn.Module]:
+        """Return what was held and rests in main memory."""
+        return tuple(self._resting)
 
     def _apply(self: Holder, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Holder:
         for module in self._held:

@@ -47,7 +47,6 @@ class Role(HoldsFrozen):
 
     def __init__(self, backbone: Backbone, network: nn.Module, *, frozen: bool = False) -> None:
         super().__init__()
-        self._frozen = frozen
         object.__setattr__(self, "backbone", backbone)  # past the registry: a reference
         if frozen:
             self.hold("network", network)
@@ -86,7 +85,7 @@ class Role(HoldsFrozen):
     @property
     def is_offloaded(self) -> bool:
         """Whether the network rests in main memory."""
-        return self._frozen and self.network not in self.modules_held()
+        return self.network in self.modules_resting()
 
     def synchronize(self, now: bool) -> None:
         """Let the next backward pass sum gradients over the processes, or leave that to a later one."""

@@ -138,6 +138,8 @@ class _Watch(L.Callback):
         object.__setattr__(pl_module, "log_dict", lambda *_, **__: None)
         for module in pl_module.backbone.modules_held():
             label("encoders", _tensors(module))
+        for module in pl_module.backbone.modules_resting():
+            label(ELSEWHERE, _tensors(module))
         for name in ROLES:
             network = getattr(roles, name).network
             label(ELSEWHERE if name == "teacher" and roles.teacher.is_offloaded else "weights", _tensors(network))
